@@ -1,0 +1,37 @@
+"""Weights exactly on their manifolds, mixed as finely as one spatial kernel at a time, for any Optax chain."""
+
+from .groups import (
+    PI as PI,
+    PIO as PIO,
+    PO as PO,
+    Collection as Collection,
+    Custom as Custom,
+    Each as Each,
+    Plan as Plan,
+    Scheme as Scheme,
+    View as View,
+    Whole as Whole,
+    initialize as initialize,
+    nearest as nearest,
+    plan as plan,
+    violation as violation,
+)
+from .manifolds import (
+    Euclidean as Euclidean,
+    Manifold as Manifold,
+    Oblique as Oblique,
+    Product as Product,
+    Sphere as Sphere,
+    Stiefel as Stiefel,
+)
+from .transforms import (
+    StepMetrics as StepMetrics,
+    fgsgd as fgsgd,
+    metrics as metrics,
+    normalize_by_zeta as normalize_by_zeta,
+    project as project,
+    radii as radii,
+    rescale as rescale,
+    retract as retract,
+    robbins_monro as robbins_monro,
+)

@@ -1,0 +1,30 @@
+"""Floor 3, grouping: which matrix of which tensor lives where. Knows nothing of gradients."""
+
+from ._buckets import (
+    Bucket as Bucket,
+    Stacked as Stacked,
+    buckets as buckets,
+    groups_of as groups_of,
+    kinds_of as kinds_of,
+)
+from ._collection import Collection as Collection
+from ._paths import by_path as by_path, from_paths as from_paths, path_of as path_of
+from ._plan import Plan as Plan, plan as plan
+from ._schemes import (
+    PI as PI,
+    PIO as PIO,
+    PO as PO,
+    Custom as Custom,
+    Each as Each,
+    Scheme as Scheme,
+    Whole as Whole,
+)
+from ._views import View as View
+from ._weights import (
+    Radii as Radii,
+    checked_leaves as checked_leaves,
+    gammas as gammas,
+    initialize as initialize,
+    nearest as nearest,
+    violation as violation,
+)

@@ -1,0 +1,65 @@
+"""The collection of POMs of one parameter."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from ..manifolds import Euclidean, Manifold
+from ._views import View
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Collection:
+    """The partition of one parameter's grid of matrices into products of manifolds.
+
+    `member` and `group` are integer arrays over the grid (inputs × outputs): the index in `manifolds` and the number
+    of the group of each matrix. `gamma` is γ of eq. 2: a number, or an array over the grid where it varies.
+    """
+
+    view: View
+    scheme: str
+    manifolds: tuple[Manifold, ...]
+    member: Int[np.ndarray, "inputs outputs"]
+    group: Int[np.ndarray, "inputs outputs"]
+    gamma: float | np.ndarray
+
+    @functools.cached_property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return int(self.group.max()) + 1
+
+    @functools.cached_property
+    def kinds(self) -> tuple[Manifold, ...]:
+        """The distinct manifolds, whatever their radii, at radius 1: a pytree's static part."""
+        return tuple(dict.fromkeys(manifold.with_radius(1.0) for manifold in self.manifolds))
+
+    @property
+    def kind(self) -> Int[np.ndarray, "inputs outputs"]:
+        """The index in `kinds` of each matrix."""
+        table = np.array([self.kinds.index(manifold.with_radius(1.0)) for manifold in self.manifolds], np.int8)
+        return table[self.member]
+
+    @property
+    def constrained(self) -> bool:
+        """Whether any matrix lies on a manifold other than the Euclidean."""
+        return any(not isinstance(kind, Euclidean) for kind in self.kinds)
+
+    def describe(self) -> dict[str, Any]:
+        """What a plan compares, prints and writes: every field but the large arrays."""
+        return {
+            "view": self.view.pattern,
+            "sizes": dict(self.view.sizes),
+            "scheme": self.scheme,
+            "manifolds": [describe_manifold(manifold) for manifold in self.manifolds],
+            "groups": self.num_groups,
+        }
+
+
+def describe_manifold(manifold: Manifold) -> dict[str, Any]:
+    """Name and static fields of a manifold (not the radius: that is γ)."""
+    fields = {field.name: getattr(manifold, field.name) for field in dataclasses.fields(manifold)}
+    del fields["radius"]
+    return {"name": type(manifold).__name__, **fields}

@@ -1,0 +1,392 @@
+"""The plan: which matrix of which parameter lives on which manifold, in which group."""
+
+import base64
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..manifolds import UNSTATED, Euclidean, Manifold
+from ._collection import Collection, describe_manifold
+from ._deal import Bits
+from ._paths import Pattern, by_path, from_paths, matches
+from ._schemes import Scheme
+from ._views import SLICES, View
+
+_FORMAT = "fgsgd_jax plan 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the plan says of one parameter: its shape and its collection (None: unconstrained)."""
+
+    shape: tuple[int, ...]
+    collection: Collection | None
+    notes: tuple[str, ...] = ()
+
+
+class Plan:
+    """The manifolds and groups of all parameters, by path. Made by `plan`; see there.
+
+    Its structure and counts are static; `member`, `group` and `gamma` are data that transformations put into their
+    states. Two plans are equal if everything in them is, the seed included.
+    """
+
+    def __init__(self, entries: dict[str, Entry], seed: int, like: Any = None):
+        self.entries = entries
+        self.seed = seed
+        self._like = like
+
+    def __getitem__(self, path: str) -> Collection | None:
+        """The collection of the parameter at `path`; None if it is unconstrained."""
+        if path not in self.entries:
+            close = difflib.get_close_matches(path, self.entries, n=3, cutoff=0.0)
+            raise KeyError(f"the plan has no parameter {path!r}; close to it are {close}")
+        return self.entries[path].collection
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths of all parameters, in the order of the tree."""
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @functools.cached_property
+    def collections(self) -> dict[str, Collection]:
+        """The parameters that have a collection, by path."""
+        return {path: entry.collection for path, entry in self.entries.items() if entry.collection is not None}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.difference(other) is None
+
+    __hash__ = None  # type: ignore[assignment]  # equal by content, which is large
+
+    def difference(self, other: "Plan") -> str | None:
+        """The first difference to another plan, in words; None if there is none."""
+        if self.seed != other.seed:
+            return f"seed: {self.seed} here, {other.seed} there"
+        for path in dict.fromkeys([*self.entries, *other.entries]):
+            if path not in self.entries or path not in other.entries:
+                return f"{path}: only {'there' if path not in self.entries else 'here'}"
+            if found := _entry_difference(self.entries[path], other.entries[path]):
+                return f"{path}: {found}"
+        return None
+
+    def mask(self, params: Any = None) -> Any:
+        """A tree of booleans, true where weight decay belongs: at the leaves that no manifold constrains.
+
+        A plan that was read from JSON knows no tree: give it the parameters.
+        """
+        return from_paths({path: not self._constrained(path) for path in self}, self._tree(params))
+
+    def labels(self, params: Any = None) -> Any:
+        """A tree of `"manifold"` and `"euclidean"`, for `optax.partition`; `params` as in `mask`."""
+        names = {path: "manifold" if self._constrained(path) else "euclidean" for path in self}
+        return from_paths(names, self._tree(params))
+
+    def _constrained(self, path: str) -> bool:
+        collection = self.entries[path].collection
+        return collection is not None and collection.constrained
+
+    def _tree(self, params: Any) -> Any:
+        if params is None and self._like is None:
+            raise ValueError("this plan was read from JSON and knows no tree: pass the parameters, as in mask(params)")
+        return self._like if params is None else params
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.collections)} of {len(self)} parameters constrained, seed={self.seed})"
+
+    def __str__(self) -> str:
+        return _table(self)
+
+    def to_json(self) -> str:
+        """The plan as text: complete, and refused by `from_json` if a character of it changes."""
+        body = {
+            "seed": self.seed,
+            "parameters": {path: _entry_to_json(entry) for path, entry in self.entries.items()},
+        }
+        return json.dumps({"format": _FORMAT, "sha256": _digest(body), **body})
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """The plan that `to_json` wrote. Raises ValueError if the text is not whole."""
+        try:
+            document = json.loads(text)
+            if not isinstance(document, dict) or document.get("format") != _FORMAT:
+                raise ValueError(f"this is not a plan: its format is not {_FORMAT!r}")
+            body = {"seed": document["seed"], "parameters": document["parameters"]}
+            if set(document) != {"format", "sha256", *body} or document["sha256"] != _digest(body):
+                raise ValueError("the plan was damaged or changed after it was written: its checksum does not match")
+            entries = {path: _entry_from_json(entry) for path, entry in body["parameters"].items()}
+            return Plan(entries, body["seed"])
+        except (KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
+            raise ValueError(f"the plan cannot be read: {error!r}") from error
+
+
+def plan(
+    params: Any,
+    rules: Iterable[tuple[Pattern, Scheme | None]],
+    *,
+    seed: int = 0,
+    gamma: str | float = "glorot",
+    degenerate: str = "error",
+) -> Plan:
+    """Decides for every parameter on which manifolds its matrices lie, and how they are grouped.
+
+    Args:
+      params: the parameters (arrays or `jax.ShapeDtypeStruct`s), of linen, NNX or any pytree.
+      rules: pairs of a pattern and a scheme (None: unconstrained); the first that matches decides. A pattern is a shell
+        glob on any suffix of whole components of the "/"-joined path (`Conv_*/kernel` finds `Block_0/Conv_0/kernel`;
+        `*` crosses `/`) or a predicate `(path, leaf) -> bool`.
+      seed: of the random positions (section 3 of the paper). Counts do not depend on it.
+      gamma: the scale γ of eq. 2 where a manifold states no radius. `"glorot"`: (fan in + fan out)^-½ for grids of
+        inputs × outputs, and 1 for views with one matrix per layer, head or neuron. A number: that, everywhere.
+      degenerate: what becomes of manifolds of dimension 0 (1×1 slices, oblique matrices of one row): `"error"`, or
+        `"euclidean"` to leave those matrices unconstrained.
+
+    Returns:
+      The `Plan`: deterministic in the rules, the seed and the shapes.
+
+    Raises:
+      ValueError: a pattern that matches nothing, a parameter that no rule matches, a manifold of dimension 0, a
+        parameter that is not real floating point, or a view that does not fit; the message names path and remedy.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"Conv_0": {"kernel": jnp.ones((3, 3, 4, 6)), "bias": jnp.ones(6)}}
+      >>> rules = [("Conv_*/kernel", fg.PIO([fg.Sphere(), fg.Stiefel()])), ("*", None)]
+      >>> fg.plan(params, rules)["Conv_0/kernel"].num_groups
+      10
+    """
+    rules = _checked_rules(rules)
+    if degenerate not in ("error", "euclidean"):
+        raise ValueError(f"degenerate={degenerate!r}: write 'error' or 'euclidean'")
+    leaves = by_path(params)
+    for pattern, _ in rules:
+        if not any(matches(pattern, path, leaf) for path, leaf in leaves.items()):
+            raise ValueError(
+                f"the pattern {pattern!r} matches no parameter; correct it or drop the rule. The paths are "
+                f"{_some(leaves)}"
+            )
+    entries = {}
+    for path, leaf in leaves.items():
+        scheme = _first_match(rules, path, leaf)
+        try:
+            entries[path] = _entry(path, leaf, scheme, seed, gamma, degenerate)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path} (shape {tuple(leaf.shape)}): {error}") from error
+    structure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return Plan(entries, seed, structure)
+
+
+def _checked_rules(rules) -> list[tuple[Pattern, Scheme | None]]:
+    rules = list(rules)
+    for rule in rules:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and (isinstance(rule[0], str) or callable(rule[0]))):
+            raise TypeError(
+                f"{rule!r} is not a rule: write a pair (pattern, scheme), as in ('Conv_*/kernel', PIO([...]))"
+            )
+        if not (rule[1] is None or isinstance(rule[1], Scheme)):
+            raise TypeError(
+                f"the rule for {rule[0]!r} has {rule[1]!r} for a scheme: write Whole(...), Each(...), PI([...]), "
+                "PO([...]), PIO([...]), Custom(...) or None"
+            )
+    return rules
+
+
+def _first_match(rules, path: str, leaf: Any) -> Scheme | None:
+    for pattern, scheme in rules:
+        if matches(pattern, path, leaf):
+            return scheme
+    raise ValueError(f"no rule matches the parameter {path!r}; to leave the rest unconstrained, end with ('*', None)")
+
+
+def _entry(path: str, leaf: Any, scheme: Scheme | None, seed: int, gamma: str | float, degenerate: str) -> Entry:
+    shape = tuple(leaf.shape)
+    if scheme is None:
+        return Entry(shape, None)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        remedy = (
+            "complex weights are not supported" if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else "not weights"
+        )
+        raise ValueError(f"{remedy}: it is {leaf.dtype}; give it the scheme None")
+    if scheme.view is None and len(shape) != 4:
+        raise ValueError(
+            f"{scheme} takes the spatial slices of four-dimensional kernels; for this tensor give a view, as in "
+            f'view="i o -> 1 1 i o" for the matrix of a Dense layer, or the scheme None'
+        )
+    view = View.of(scheme.view or SLICES, shape, **scheme.sizes)
+    inputs, outputs, *matrix = view.grid
+    if 0 in view.grid:
+        raise ValueError("it is empty; give it the scheme None")
+    manifolds, notes = list(scheme.manifolds), []
+    for index, manifold in enumerate(manifolds):
+        if manifold.dim(tuple(matrix)) == 0:
+            name = f"{type(manifold).__name__} of {matrix[0]}×{matrix[1]} matrices"
+            if degenerate == "error":
+                raise ValueError(
+                    f"{name} has dimension 0 and cannot train; write degenerate='euclidean' to leave them "
+                    "unconstrained, or another view of the tensor"
+                )
+            manifolds[index] = Euclidean()
+            notes.append(f"{name} has dimension 0: Euclidean")
+    if notes and all(isinstance(manifold, Euclidean) for manifold in manifolds):
+        return Entry(shape, None, tuple(notes))
+    if len(manifolds) > (dealt := scheme.dealt_at_once(inputs, outputs)):
+        notes.append(
+            f"{dealt} slices are dealt over {len(manifolds)} manifolds at a time: one each to manifolds drawn at random"
+        )
+    member, group = scheme.deal(inputs, outputs, Bits(seed, path))
+    scales = _gamma(view, manifolds, member, gamma)
+    collection = Collection(
+        view, type(scheme).__name__, tuple(manifolds), member.astype(np.int16), group.astype(np.int32), scales
+    )
+    return Entry(shape, collection, tuple(notes))
+
+
+def _gamma(view: View, manifolds: list[Manifold], member: np.ndarray, gamma: str | float) -> float | np.ndarray:
+    """γ of every matrix: the stated radius of its manifold, else what the plan says."""
+    inputs, outputs, rows, cols = view.grid
+    if gamma == "glorot":
+        default = 1.0 if view.mixes_channels else (rows * cols * (inputs + outputs)) ** -0.5
+    elif isinstance(gamma, (int, float)) and not isinstance(gamma, bool) and 0 < gamma < float("inf"):
+        default = float(gamma)
+    else:
+        raise ValueError(f"gamma={gamma!r}: write 'glorot' or a positive number")
+    of_manifold = []
+    for manifold in manifolds:
+        radius = np.asarray(default if manifold.radius is UNSTATED else manifold.radius, np.float64)
+        if radius.ndim > 2 or np.broadcast_shapes(radius.shape, member.shape) != member.shape:
+            raise ValueError(f"a radius of shape {radius.shape} does not broadcast over the grid {member.shape}")
+        if not (np.all(radius > 0) and np.all(np.isfinite(radius))):
+            raise ValueError(f"{type(manifold).__name__}: the radius must be positive and finite, found {radius}")
+        of_manifold.append(np.broadcast_to(radius, member.shape))
+    scales = np.take_along_axis(np.stack(of_manifold), member[None], axis=0)[0]
+    return float(scales.flat[0]) if np.all(scales == scales.flat[0]) else scales
+
+
+def _entry_difference(here: Entry, there: Entry) -> str | None:
+    if here.shape != there.shape:
+        return f"shape {here.shape} here, {there.shape} there"
+    a, b = here.collection, there.collection
+    if a is None or b is None:
+        return (
+            None
+            if a is b
+            else f"{'un' if a is None else ''}constrained here, {'un' if b is None else ''}constrained there"
+        )
+    first, second = a.describe(), b.describe()
+    for field, value in first.items():
+        if value != second[field]:
+            return f"{field} {value} here, {second[field]} there"
+    for field in ("member", "group", "gamma"):
+        if not np.array_equal(getattr(a, field), getattr(b, field)):
+            return f"{field} differs"
+    return None
+
+
+def _digest(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _array_to_json(array: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(array, dtype).tobytes(), 9)).decode()
+
+
+def _array_from_json(text: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype).reshape(shape)
+
+
+def _entry_to_json(entry: Entry) -> dict[str, Any]:
+    document: dict[str, Any] = {"shape": list(entry.shape), "notes": list(entry.notes), "collection": None}
+    if (collection := entry.collection) is not None:
+        document["collection"] = {
+            **collection.describe(),
+            "member": _array_to_json(collection.member, "<i2"),
+            "group": _array_to_json(collection.group, "<i4"),
+            "gamma": _array_to_json(gamma, "<f8") if isinstance(gamma := collection.gamma, np.ndarray) else gamma,
+        }
+    return document
+
+
+def _entry_from_json(document: dict[str, Any]) -> Entry:
+    shape, found = tuple(document["shape"]), document["collection"]
+    if found is None:
+        return Entry(shape, None, tuple(document["notes"]))
+    # The sizes are all known here, so the shape only has to agree with them.
+    view = View.of(found["view"], shape, **found["sizes"])
+    grid = view.grid[:2]
+    gamma = found["gamma"]
+    collection = Collection(
+        view,
+        found["scheme"],
+        tuple(_manifold_from_json(manifold) for manifold in found["manifolds"]),
+        _array_from_json(found["member"], "<i2", grid).astype(np.int16),
+        _array_from_json(found["group"], "<i4", grid).astype(np.int32),
+        _array_from_json(gamma, "<f8", grid) if isinstance(gamma, str) else gamma,
+    )
+    return Entry(shape, collection, tuple(document["notes"]))
+
+
+def _manifold_from_json(description: dict[str, Any]) -> Manifold:
+    fields = dict(description)
+    name = fields.pop("name")
+    known = {cls.__name__: cls for cls in _concrete(Manifold)}
+    if name not in known:
+        raise ValueError(
+            f"the plan has the manifold {name!r}, which is none of {sorted(known)}: import its module first"
+        )
+    return known[name](**fields)
+
+
+def _concrete(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield from _concrete(subclass)
+        if dataclasses.is_dataclass(subclass):
+            yield subclass
+
+
+def _some(paths: Iterable[str], most: int = 8) -> str:
+    paths = list(paths)
+    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+
+
+def _table(plan: Plan) -> str:
+    header = ("path", "shape", "view", "scheme", "manifolds", "groups", "γ")
+    rows: list[tuple[str, ...]] = [header]
+    for path, entry in plan.entries.items():
+        collection = entry.collection
+        shape = "×".join(map(str, entry.shape)) or "scalar"
+        if collection is None:
+            rows.append((path, shape, "", "", "", "", ""))
+            continue
+        counts = np.bincount(collection.member.ravel(), minlength=len(collection.manifolds))
+        names = [describe_manifold(manifold) for manifold in collection.manifolds]
+        manifolds = " ".join(f"{name['name']}:{count}" for name, count in zip(names, counts, strict=True))
+        gamma = np.asarray(collection.gamma)
+        shown = f"{gamma.min():.3g}" + (f"–{gamma.max():.3g}" if gamma.max() > gamma.min() else "")
+        rows.append(
+            (
+                path,
+                shape,
+                collection.view.pattern,
+                collection.scheme,
+                manifolds,
+                str(collection.num_groups),
+                shown,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("─" * width for width in widths))
+    lines += [f"note: {path}: {note}" for path, entry in plan.entries.items() for note in entry.notes]
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""Schemes: how the manifolds are dealt over a layer's grid of matrices (section 3 of the paper)."""
+
+import abc
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from ..manifolds import Manifold
+from ._deal import Bits, members, numbered
+
+Dealt = tuple[Int[np.ndarray, "inputs outputs"], Int[np.ndarray, "inputs outputs"]]
+
+
+class Scheme(abc.ABC):
+    """A rule that gives every matrix of a grid its manifold (`member`) and its group (`group`).
+
+    `view` is an einops pattern to `inputs outputs rows cols`; open axis sizes follow by name, as in
+    `Each(Stiefel(), view="(i a) (o b) -> i o a b", a=4, b=4)`. Without a view, four-dimensional kernels are
+    cut into their spatial slices; other tensors need one.
+    """
+
+    def __init__(self, manifolds: Sequence[Manifold], view: str | None = None, **sizes: int):
+        self.manifolds = tuple(manifolds)
+        self.view = view
+        self.sizes = sizes
+        if not self.manifolds:
+            raise ValueError(f"{type(self).__name__}([]): give at least one manifold")
+        for manifold in self.manifolds:
+            if not isinstance(manifold, Manifold):
+                raise TypeError(
+                    f"{type(self).__name__}: {manifold!r} is not a manifold of one matrix; write Sphere(), Oblique(), "
+                    "Stiefel() or Euclidean()"
+                )
+
+    def __repr__(self) -> str:
+        arguments = [", ".join(type(m).__name__ for m in self.manifolds)]
+        arguments += [f"view={self.view!r}"] if self.view else []
+        arguments += [f"{name}={size}" for name, size in self.sizes.items()]
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    @abc.abstractmethod
+    def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
+        """`member` and `group` of every matrix of an inputs×outputs grid."""
+
+    def dealt_at_once(self, inputs: int, outputs: int) -> int:
+        """How many matrices (or half-columns) are dealt over the manifolds in one go."""
+        return inputs * outputs
+
+
+class _Single(Scheme):
+    def __init__(self, manifold: Manifold, view: str | None = None, **sizes: int):
+        super().__init__([manifold], view, **sizes)
+
+
+class Whole(_Single):
+    """One manifold, the whole layer one group."""
+
+    def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
+        """All zeros."""
+        del bits
+        return np.zeros((inputs, outputs), int), np.zeros((inputs, outputs), int)
+
+
+class Each(_Single):
+    """One manifold, every matrix a group of its own: the optimizers on single manifolds."""
+
+    def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
+        """One group a matrix."""
+        del bits
+        return np.zeros((inputs, outputs), int), np.arange(inputs * outputs).reshape(inputs, outputs)
+
+
+class PI(Scheme):
+    """POMs for input channels.
+
+    For every input channel the outputs are permuted at random and cut into m near-equal parts, part k on manifold k:
+    m·C groups.
+    """
+
+    def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
+        """Row by row."""
+        return _dealt_by_row(bits, inputs, outputs, len(self.manifolds))
+
+    def dealt_at_once(self, inputs: int, outputs: int) -> int:
+        """A row."""
+        return outputs
+
+
+class PO(Scheme):
+    """POMs for output channels.
+
+    For every output channel the inputs are permuted at random and cut into m near-equal parts: m·D groups.
+    """
+
+    def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
+        """Column by column."""
+        member, group = _dealt_by_row(bits, outputs, inputs, len(self.manifolds))
+        return member.T, group.T
+
+    def dealt_at_once(self, inputs: int, outputs: int) -> int:
+        """A column."""
+        return inputs
+
+
+class PIO(Scheme):
+    """POMs for input and output channels.
+
+    Half of the input channels (⌊C/2⌋, drawn at random) are grouped by output: the half-column of each output channel is
+    one group, and these D groups are dealt evenly over the m manifolds. The other inputs are dealt as `PI` does.
+    D·[C ≥ 2] + m·⌈C/2⌉ groups, less empty parts; with one input channel it is `PI`.
+    """
+
+    def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
+        """Half by column, half by row."""
+        parts = len(self.manifolds)
+        by_output = np.argsort(bits.keys(inputs), kind="stable")[: inputs // 2]
+        by_input = np.setdiff1d(np.arange(inputs), by_output)
+        member = np.empty((inputs, outputs), int)
+        group = np.empty((inputs, outputs), int)
+        member[by_output] = members(bits, 1, outputs, parts)
+        group[by_output] = np.arange(outputs)
+        # The half-columns' remainder went to the first parts; the rows' begins after it.
+        rest = _dealt_by_row(bits, len(by_input), outputs, parts, first=outputs % parts)
+        member[by_input] = rest[0]
+        group[by_input] = rest[1] + (outputs if len(by_output) else 0)
+        return member, group
+
+    def dealt_at_once(self, inputs: int, outputs: int) -> int:
+        """A row, or a row of half-columns."""
+        return outputs
+
+
+class Custom(Scheme):
+    """Member and group arrays of your own, both inputs × outputs.
+
+    `member[c, d]` is the index of the manifold of matrix (c, d), `group[c, d]` the number of its group; the
+    members of a group share one manifold.
+    """
+
+    def __init__(
+        self,
+        manifolds: Sequence[Manifold],
+        member: Int[np.ndarray, "inputs outputs"],
+        group: Int[np.ndarray, "inputs outputs"],
+        view: str | None = None,
+        **sizes: int,
+    ):
+        super().__init__(manifolds, view, **sizes)
+        self.member, self.group = np.asarray(member), np.asarray(group)
+
+    def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
+        """The given arrays, checked."""
+        del bits
+        for name, array in (("member", self.member), ("group", self.group)):
+            if array.shape != (inputs, outputs) or array.dtype.kind not in "iu":
+                raise ValueError(
+                    f"Custom: {name} is {array.dtype} of shape {array.shape}, the grid takes integers of shape "
+                    f"{(inputs, outputs)} (inputs, outputs)"
+                )
+        if self.member.min() < 0 or self.member.max() >= len(self.manifolds):
+            raise ValueError(f"Custom: member must lie in 0 … {len(self.manifolds) - 1}, the indices of the manifolds")
+        group = numbered(self.group)
+        of_group = np.zeros(group.max() + 1, int)
+        of_group[group] = self.member
+        if (mixed := of_group[group] != self.member).any():
+            raise ValueError(
+                f"Custom: group {self.group[mixed][0]} has members on two manifolds; a POM lies on one: split the group"
+            )
+        return self.member.astype(int), group
+
+
+def _dealt_by_row(bits: Bits, rows: int, cols: int, parts: int, first: int = 0) -> Dealt:
+    member = members(bits, rows, cols, parts, first)
+    return member, numbered(np.arange(rows)[:, None] * parts + member)

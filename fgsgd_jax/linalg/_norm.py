@@ -1,0 +1,21 @@
+"""Euclidean norm without overflow, underflow or a NaN gradient."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def norm(x: Float[Array, "..."], axis: int | Sequence[int], keepdims: bool = False) -> Float[Array, "..."]:
+    """Euclidean norm over `axis`, exact to round-off for entries of any magnitude.
+
+    The entries are scaled by the largest, so that `1e30` does not overflow nor `1e-30` vanish in float32.
+    The derivative at zero is 0 instead of NaN.
+    """
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
+    # The reciprocal of a denormal overflows, so below `tiny` entries are left as they are.
+    scale = jnp.where((largest > jnp.finfo(x.dtype).tiny) & jnp.isfinite(largest), largest, 1)
+    squares = jnp.sum(jnp.square(x / scale), axis=axis, keepdims=True)
+    length = jnp.where(squares == 0, 0, scale * jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+    return length if keepdims else jnp.squeeze(length, axis=tuple(axis) if isinstance(axis, Sequence) else axis)

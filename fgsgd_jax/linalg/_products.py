@@ -1,0 +1,25 @@
+"""Matrix products at full precision.
+
+JAX multiplies float32 in TF32 on recent GPUs and in bfloat16 on TPUs unless told otherwise, which is
+enough to lose a constraint in one step. Every product of the package that a constraint depends on is
+one of these.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def matmul(a: Float[Array, "*batch n k"], b: Float[Array, "*batch k p"]) -> Float[Array, "*batch n p"]:
+    """`a @ b` at the precision of its dtype on every backend."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def gram(a: Float[Array, "*batch n p"], b: Float[Array, "*batch n q"]) -> Float[Array, "*batch p q"]:
+    """`aᵀb` at the precision of its dtype on every backend."""
+    return matmul(jnp.swapaxes(a, -1, -2), b)
+
+
+def sym(a: Float[Array, "*batch p p"]) -> Float[Array, "*batch p p"]:
+    """Symmetric part, `(a + aᵀ)/2`."""
+    return (a + jnp.swapaxes(a, -1, -2)) / 2

@@ -1,0 +1,175 @@
+"""What every manifold of matrices shares: the radius, the dtype of the arithmetic, and the derived methods."""
+
+import abc
+import dataclasses
+from typing import Final, Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..linalg import norm
+
+# The radius of a manifold whose user gave none. It is recognised by identity (every other 1.0 is another object), so
+# that a plan can put γ in its place while `radius` stays a number, and one leaf, everywhere else.
+UNSTATED: Final = float("1")
+
+
+def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of constraint arithmetic on arrays of `dtype`: at least float32."""
+    dtype = jnp.dtype(dtype)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifold(abc.ABC):
+    """A Riemannian submanifold of the n×p matrices with the Frobenius metric, scaled by `radius`.
+
+    Points and vectors are arrays `[..., n, p]` of one dtype; every method works on all leading axes at once and
+    answers in that dtype, computing in float32 at least. `radius` is a number or an array that broadcasts over
+    the leading axes. A subclass is a frozen dataclass registered as a pytree. It describes the geometry at radius 1
+    in the methods that start with an underscore; this class does the scaling.
+    """
+
+    radius: float | Array = UNSTATED
+
+    @abc.abstractmethod
+    def _project(self, x: Array, g: Array) -> Array: ...
+
+    @abc.abstractmethod
+    def _retract(self, x: Array, v: Array) -> Array: ...
+
+    @abc.abstractmethod
+    def _exp(self, x: Array, v: Array) -> Array: ...
+
+    @abc.abstractmethod
+    def _log(self, x: Array, y: Array) -> Array: ...
+
+    @abc.abstractmethod
+    def _nearest(self, x: Array) -> Array: ...
+
+    @abc.abstractmethod
+    def _violation(self, x: Array) -> Array: ...
+
+    @abc.abstractmethod
+    def _curvature_bounds(self, shape: tuple[int, ...]) -> tuple[float, float]: ...
+
+    @abc.abstractmethod
+    def _squared_length(self, shape: tuple[int, ...]) -> int:
+        """‖x‖_F² of the points of radius 1, the same for all of them."""
+
+    @abc.abstractmethod
+    def dim(self, shape: tuple[int, ...]) -> int:
+        """Dimension of the manifold of matrices of `shape` (n, p)."""
+
+    def _dist(self, x: Array, y: Array) -> Array:
+        return norm(self._log(x, y), axis=(-2, -1))
+
+    def _random_point(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        # The Gaussian is invariant under the isometries of all our manifolds, so its nearest point is uniform.
+        return self._nearest(jax.random.normal(key, shape, dtype))
+
+    def with_radius(self, radius: float | Array) -> Self:
+        """The same manifold at another radius."""
+        return dataclasses.replace(self, radius=radius)
+
+    def project(self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Orthogonal projection of the ambient vector `g` onto the tangent space at `x`: Π_x(g)."""
+        s = self._scale(x)
+        return self._project(_up(x) / s, _up(g)).astype(g.dtype)
+
+    def retract(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """A point in the direction of the tangent vector `v` from `x`: `exp` to first order.
+
+        It is on the manifold to round-off for a tangent vector of any length. Where no point can be computed (`v` not
+        finite, or `x + v` singular, which no tangent vector leads to) the answer is `x`.
+        """
+        s = self._scale(x)
+        return (s * self._retract(_up(x) / s, _up(v) / s)).astype(x.dtype)
+
+    def exp(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Exponential map: the end of the geodesic that leaves `x` with velocity `v`, after time 1."""
+        s = self._scale(x)
+        return (s * self._exp(_up(x) / s, _up(v) / s)).astype(x.dtype)
+
+    def log(self, x: Float[Array, "*b n p"], y: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Logarithm: a shortest tangent vector at `x` with `exp(x, log(x, y)) = y`; NaN where none was found.
+
+        Where several are shortest (antipodal points), one of them, the same each time. NaN across components.
+        """
+        s = self._scale(x)
+        return (s * self._log(_up(x) / s, _up(y) / s)).astype(x.dtype)
+
+    def dist(self, x: Float[Array, "*b n p"], y: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
+        """Geodesic distance, in the units of the radius; infinite across components."""
+        s = self._scale(x)
+        return (s[..., 0, 0] * self._dist(_up(x) / s, _up(y) / s)).astype(x.dtype)
+
+    def transport(
+        self, x: Float[Array, "*b n p"], y: Float[Array, "*b n p"], v: Float[Array, "*b n p"]
+    ) -> Float[Array, "*b n p"]:
+        """Vector transport of `v` from `x` to `y`: the projection at `y` (Absil et al. 2008, section 8.1.3)."""
+        del x
+        return self.project(y, v)
+
+    def inner(
+        self, x: Float[Array, "*b n p"], u: Float[Array, "*b n p"], v: Float[Array, "*b n p"]
+    ) -> Float[Array, "*b"]:
+        """The metric: the Frobenius inner product of the tangent vectors `u` and `v` at `x`."""
+        del x
+        return jnp.sum(_up(u) * _up(v), axis=(-2, -1)).astype(u.dtype)
+
+    def norm(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
+        """Length of the tangent vector `v` at `x`."""
+        del x
+        return norm(_up(v), axis=(-2, -1)).astype(v.dtype)
+
+    def nearest(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """The point of the manifold nearest to the matrix `x`; where several are, one of them, the same each time."""
+        return (self._scale(x) * self._nearest(_up(x))).astype(x.dtype)
+
+    def violation(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
+        """Largest absolute entry of the defining equation's residual at `x/radius`. No unit; 0 on the manifold."""
+        return self._violation(_up(x) / self._scale(x))
+
+    def radius_of(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
+        """The radius at which the point `x` lies, whatever `radius` says: exact for a point of any radius."""
+        return norm(_up(x), axis=(-2, -1)) / self._squared_length(x.shape[-2:]) ** 0.5
+
+    def random_point(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+    ) -> Float[Array, "*b n p"]:
+        """Points drawn from the uniform (isometry-invariant) distribution, as an array of `shape` [..., n, p]."""
+        x = self._random_point(key, shape, compute_dtype(dtype))
+        return (self._scale(x) * x).astype(dtype)
+
+    def random_tangent(self, key: PRNGKeyArray, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Standard Gaussian vectors of the tangent spaces at `x`."""
+        return self.project(x, jax.random.normal(key, x.shape, compute_dtype(x.dtype)).astype(x.dtype))
+
+    def curvature_bounds(self, shape: tuple[int, ...]) -> tuple[float | Array, float | Array]:
+        """Lower and upper bound of the sectional curvatures for matrices of `shape` (n, p), in radius⁻².
+
+        (0, 0) where there is no two-plane (dimension below 2).
+        """
+        low, high = self._curvature_bounds(shape) if self.dim(shape) >= 2 else (0.0, 0.0)
+        return low / self.radius**2, high / self.radius**2
+
+    @abc.abstractmethod
+    def origin(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Float[Array, "n p"]:
+        """A fixed point of radius 1, for matrices of `shape` (n, p)."""
+
+    def _scale(self, x: Array) -> Array:
+        """The radius, shaped to multiply the matrices of `x`."""
+        radius = jnp.asarray(self.radius, compute_dtype(x.dtype))
+        if radius.ndim > x.ndim - 2:
+            raise ValueError(
+                f"a radius of shape {radius.shape} does not broadcast over the leading axes of an array of shape "
+                f"{x.shape}: give a number or an array over {x.shape[:-2]}"
+            )
+        return radius.reshape((1,) * (x.ndim - 2 - radius.ndim) + radius.shape + (1, 1))
+
+
+def _up(x: Array) -> Array:
+    return x.astype(compute_dtype(x.dtype))

@@ -1,0 +1,94 @@
+"""A batch of matrices, each on a manifold of its own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ._euclidean import Euclidean
+from ._manifold import Manifold, compute_dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Matrices of one shape of which `kind` says, one by one, on which of `manifolds` they lie.
+
+    `kind` is an integer array over the leading axes (None if there is one manifold), `radius` a number or an array
+    over the leading axes; the manifolds' own radii are not used. Each manifold's arithmetic runs on the whole
+    batch and `kind` selects: elementwise selection keeps shardings and costs less than sorting small matrices.
+    """
+
+    manifolds: tuple[Manifold, ...]
+    kind: Int[Array, "*b"] | None
+    radius: float | Float[Array, "*b"] = 1.0
+
+    def at(self, radius: float | Float[Array, "*b"]) -> "Mixture":
+        """The same mixture at other radii."""
+        return Mixture(self.manifolds, self.kind, radius)
+
+    def project(self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Projection of `g` onto the tangent space at `x`."""
+        return self._select(lambda m, _, x, g: m.project(x, g), x, g)
+
+    def retract(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Retraction of the tangent vector `v` at `x`."""
+
+        def retract(manifold, on, x, v):
+            if on is not None:
+                # A retraction may choose its algorithm by the largest step of the batch: show it its own steps only.
+                origin = manifold.origin(x.shape[-2:], compute_dtype(x.dtype)).astype(x.dtype)
+                origin = jnp.broadcast_to(origin, x.shape)
+                x, v = jnp.where(on, x, origin), jnp.where(on, v, 0)
+                manifold = manifold.with_radius(jnp.where(on[..., 0, 0], manifold.radius, 1))
+            return manifold.retract(x, v)
+
+        return self._select(retract, x, v)
+
+    def nearest(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Nearest points."""
+        return self._select(lambda m, _, x: m.nearest(x), x)
+
+    def random_point(self, key: PRNGKeyArray, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Uniform points; Euclidean matrices stay those of `x`."""
+
+        def draw(manifold, _, x):
+            if isinstance(manifold, Euclidean):
+                return x
+            return manifold.random_point(key, x.shape, x.dtype)
+
+        return self._select(draw, x)
+
+    def violation(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
+        """Violation of each matrix."""
+        return self._select(lambda m, _, x: m.violation(x), x)
+
+    def radius_of(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
+        """Radius at which each matrix lies; 1 for Euclidean ones."""
+        return self._select(lambda m, _, x: m.radius_of(x), x)
+
+    def rescale(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Points of any radius brought to exactly `radius`; Euclidean matrices as they are."""
+
+        def rescale(manifold, _, x):
+            if isinstance(manifold, Euclidean):
+                return x
+            return x * (manifold.radius / manifold.radius_of(x))[..., None, None]
+
+        return self._select(rescale, x)
+
+    def constrained(self, ones: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """`ones` where the manifold is not Euclidean, 0 elsewhere."""
+        x = ones[..., None, None]
+        return self._select(lambda m, _, x: 0 * ones if isinstance(m, Euclidean) else ones, x)
+
+    def _select(self, method, x: Array, *vectors: Array) -> Array:
+        if self.kind is None:
+            return method(self.manifolds[0].with_radius(self.radius), None, x, *vectors)
+        selected = jnp.zeros(())
+        for index, manifold in enumerate(self.manifolds):
+            on = (self.kind == index)[..., None, None]
+            result = method(manifold.with_radius(self.radius), on, x, *vectors)
+            selected = jnp.where(on if result.ndim == x.ndim else on[..., 0, 0], result, selected) if index else result
+        return selected

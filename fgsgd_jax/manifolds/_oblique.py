@@ -1,0 +1,36 @@
+"""Matrices with columns of one length."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ._sphere import Spherical
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Oblique(Spherical):
+    """Matrices whose every column has Euclidean norm `radius`: a product of p spheres of dimension n - 1.
+
+    Dimension p (n - 1), which is 0 for a single row. Sectional curvature in [0, 1]/s²: planes across two columns
+    are flat. Every map is the sphere's, column by column.
+    """
+
+    _axes = (-2,)
+
+    def dim(self, shape):
+        """P (n - 1)."""
+        return (shape[0] - 1) * shape[1]
+
+    def _curvature_bounds(self, shape):
+        n, p = shape
+        circles = n == 2
+        return (0.0 if circles or p > 1 else 1.0), (0.0 if circles else 1.0)
+
+    def _squared_length(self, shape):
+        return shape[1]
+
+    def origin(self, shape, dtype=jnp.float32):
+        """All entries equal."""
+        return jnp.full(shape, shape[0] ** -0.5, dtype)

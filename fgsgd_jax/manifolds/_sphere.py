@@ -1,0 +1,119 @@
+"""Spheres: the unit vectors along some axes of an array."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ..linalg import norm
+from ._manifold import Manifold
+
+
+def spherical_log(x: Array, y: Array, axes: tuple[int, ...]) -> Array:
+    """Logarithm on the unit spheres along `axes`; NaN between the two points of a sphere of dimension 0."""
+    aligned = jnp.sum(x * y, axis=axes, keepdims=True)
+    # The tangent part of y is that of y - x and of y + x; the shorter of the two loses no digits to cancellation.
+    direction = _tangent(x, jnp.where(aligned >= 0, y - x, y + x), axes)
+    length = norm(direction, axes, keepdims=True)
+    # Antipodes have no direction of their own: take the coordinate axis that is most nearly tangent.
+    away = _tangent(x, _axis_of_smallest(x, axes), axes)
+    direction = jnp.where((length == 0) & (aligned < 0), away, direction)
+    length = norm(direction, axes, keepdims=True)
+    direction = jnp.where(length == 0, 0, direction / jnp.where(length == 0, 1, length))
+    # Near antipodes the direction is mostly round-off; a second pass makes it tangent and of length one again.
+    direction = _tangent(x, direction, axes)
+    length = norm(direction, axes, keepdims=True)
+    direction = jnp.where(length == 0, 0, direction / jnp.where(length == 0, 1, length))
+    log = spherical_angle(x, y, axes, keepdims=True) * direction
+    if math.prod(x.shape[axis] for axis in axes) == 1:
+        return jnp.where(aligned < 0, jnp.nan, log)
+    return log
+
+
+def spherical_angle(x: Array, y: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:
+    """Angle between unit vectors, accurate at 0 and at π (Kahan); infinite across components."""
+    angle = 2 * jnp.arctan2(norm(y - x, axes, keepdims), norm(y + x, axes, keepdims))
+    if math.prod(x.shape[axis] for axis in axes) == 1:
+        return jnp.where(angle > 2, jnp.inf, 0 * angle)
+    return angle
+
+
+def spherical_exp(x: Array, v: Array, axes: tuple[int, ...]) -> Array:
+    """Exponential map on the unit spheres along `axes`."""
+    angle = norm(v, axes, keepdims=True)
+    y = jnp.cos(angle) * x + jnp.sinc(angle / jnp.pi) * v
+    return y / norm(y, axes, keepdims=True)
+
+
+def _tangent(x: Array, g: Array, axes: tuple[int, ...]) -> Array:
+    return g - jnp.sum(x * g, axis=axes, keepdims=True) * x
+
+
+def _axis_of_smallest(x: Array, axes: tuple[int, ...]) -> Array:
+    """The coordinate axis along which the entry of `x` is smallest in absolute value."""
+    last = tuple(range(-len(axes), 0))
+    moved = jnp.moveaxis(x, axes, last)
+    flat = moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1)
+    index = jnp.argmin(jnp.abs(flat), axis=-1) if flat.shape[-1] else jnp.zeros(flat.shape[:-1], int)
+    return jnp.moveaxis(jax.nn.one_hot(index, flat.shape[-1], dtype=x.dtype).reshape(moved.shape), last, axes)
+
+
+class Spherical(Manifold):
+    """Unit vectors along `_axes`, all other axes being independent of each other."""
+
+    _axes: tuple[int, ...]
+
+    def _project(self, x, g):
+        return _tangent(x, g, self._axes)
+
+    def _retract(self, x, v):
+        y = x + v
+        squares = jnp.sum(jnp.square(y), axis=self._axes, keepdims=True)
+        # A tangent step gives at least 1. Zero, overflow and NaN mean that there is no step to take.
+        usable = (squares > 0) & jnp.isfinite(squares)
+        return jnp.where(usable, y / jnp.sqrt(jnp.where(usable, squares, 1)), x)
+
+    def _exp(self, x, v):
+        return spherical_exp(x, v, self._axes)
+
+    def _log(self, x, y):
+        return spherical_log(x, y, self._axes)
+
+    def _dist(self, x, y):
+        return norm(spherical_angle(x, y, self._axes, keepdims=True), (-2, -1))
+
+    def _nearest(self, x):
+        length = norm(x, self._axes, keepdims=True)
+        origin = jnp.broadcast_to(self.origin(x.shape[-2:], x.dtype), x.shape)
+        return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), origin)
+
+    def _violation(self, x):
+        return jnp.max(jnp.abs(norm(x, self._axes, keepdims=True) - 1), axis=(-2, -1), initial=0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sphere(Spherical):
+    """Matrices of Frobenius norm `radius`: ‖x‖_F = s.
+
+    Dimension np - 1; sectional curvature 1/s². The projection is `g - <x, g> x / s²`, the retraction
+    `s (x + v) / ‖x + v‖_F` (Absil et al. 2008, sections 3.6.1 and 4.1.1), exponential and logarithm are closed forms.
+    """
+
+    _axes = (-2, -1)
+
+    def dim(self, shape):
+        """Np - 1."""
+        return shape[0] * shape[1] - 1
+
+    def _curvature_bounds(self, shape):
+        return 1.0, 1.0
+
+    def _squared_length(self, shape):
+        return 1
+
+    def origin(self, shape, dtype=jnp.float32):
+        """All entries equal."""
+        return jnp.full(shape, math.prod(shape) ** -0.5, dtype)

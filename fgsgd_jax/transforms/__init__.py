@@ -1,0 +1,9 @@
+"""Floor 4, the chain: Optax links for the steps of FG-SGD."""
+
+from ._fgsgd import fgsgd as fgsgd
+from ._normalize import normalize_by_zeta as normalize_by_zeta
+from ._project import project as project
+from ._rescale import rescale as rescale
+from ._retract import retract as retract
+from ._schedules import robbins_monro as robbins_monro
+from ._states import StepMetrics as StepMetrics, metrics as metrics, radii as radii

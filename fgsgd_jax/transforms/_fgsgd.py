@@ -1,0 +1,129 @@
+"""FG-SGD as one transformation."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from ..groups import Plan, Stacked, buckets, from_paths, groups_of, kinds_of
+from ..manifolds import Mixture
+from ._links import check_on_manifold, constrained_leaves
+from ._normalize import normalized_groups, zeros
+from ._rescale import initial_radii
+from ._retract import largest_step
+from ._states import FgsgdState
+from ._zeta import Scalar
+
+
+def fgsgd(
+    learning_rate: optax.ScalarOrSchedule,
+    plan: Plan,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    rho: Scalar = 1.0,
+    curvature: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Fine-grained SGD: SGD on collections of products of manifolds.
+
+    The chain `project`, `normalize_by_zeta`, momentum, `project`, learning rate, `retract`, `rescale`, with the
+    weights' matrices stacked once per step instead of once per link. Leaves without a collection get `optax.sgd`.
+
+    Args:
+      learning_rate: r_t of eq. 3, a number or a schedule.
+      plan: the plan of the parameters.
+      momentum: decay of the buffer that accumulates the normalized tangent vectors; None for no buffer. The buffer is
+        stored as it is and projected at the current point on use.
+      nesterov: whether to look ahead, as in `optax.trace`.
+      rho: ρ of eq. 5.
+      curvature: c of eq. 5.
+      weight_decay: L2 penalty on unconstrained leaves, added to the gradient as in `optax.add_decayed_weights` before
+        `optax.sgd`. On a manifold of fixed norm it would do nothing.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      ValueError: in `init` outside jit, if parameters are off their manifolds of radius γ.
+
+    References:
+      Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fgsgd_jax as fg
+      >>> params = {"kernel": jnp.zeros((3, 3, 2, 4)), "bias": jnp.zeros(4)}
+      >>> plan = fg.plan(params, [("kernel", fg.PIO([fg.Sphere(), fg.Stiefel()])), ("*", None)])
+      >>> params = fg.initialize(jax.random.key(0), params, plan)
+      >>> tx = fg.fgsgd(0.1, plan, momentum=0.9)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> bool(fg.violation(params, plan)["kernel"] < 1e-6)
+      True
+    """
+    layout = buckets(plan)
+    paths = tuple(bucket.paths for bucket in layout)
+    collected = set(plan.collections)
+    inner = optax.scale_by_learning_rate(learning_rate)
+    if momentum is not None:
+        inner = optax.chain(optax.trace(momentum, nesterov), inner)
+
+    def init(params: Any) -> Any:
+        leaves = constrained_leaves(params, plan, "parameters", "fg.fgsgd")
+        check_on_manifold(params, plan, "fg.fgsgd")
+        return FgsgdState(
+            kinds=kinds_of(plan, layout),
+            groups=groups_of(plan, layout),
+            radii=initial_radii(plan, layout, leaves),
+            inner=inner.init(working(leaves)),
+            zeta_share=zeros(layout, leaves),
+            grad_norm=zeros(layout, leaves),
+            step_ratio=zeros(layout, leaves),
+        )
+
+    def working(leaves: dict[str, Array]) -> tuple[list[Array], dict[str, Array]]:
+        """What the inner optimizer sees: the stacked matrices, and the other leaves by path."""
+        rest = {path: leaf for path, leaf in leaves.items() if path not in collected}
+        return [bucket.stack(leaves) for bucket in layout], rest
+
+    def decayed(rest: dict[str, Array], points: dict[str, Array]) -> dict[str, Array]:
+        if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+            return rest
+        return {path: g + jnp.asarray(weight_decay, g.dtype) * points[path] for path, g in rest.items()}
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del extra_args
+        points = constrained_leaves(params, plan, "parameters", "fg.fgsgd")
+        leaves = constrained_leaves(updates, plan, "updates", "fg.fgsgd")
+        xs, _ = working(points)
+        gradients, rest = working(leaves)
+        mixtures = [
+            Mixture(bucket.kinds, kind, radius)
+            for bucket, kind, radius in zip(layout, state.kinds.values, state.radii.values, strict=True)
+        ]
+        directions, shares, norms = [], [], []
+        for bucket, mixture, group, x, g in zip(layout, mixtures, state.groups.values, xs, gradients, strict=True):
+            t, share, norm = normalized_groups(bucket, group, mixture.project(x, g), rho, curvature)
+            directions.append(t)
+            shares.append(share)
+            norms.append(norm)
+        moved: Any
+        moved, inner_state = inner.update((directions, decayed(rest, points)), state.inner)
+        steps, rest = moved
+        leaves, ratios = leaves | rest, []
+        for bucket, mixture, x, v in zip(layout, mixtures, xs, steps, strict=True):
+            if momentum is not None:
+                v = mixture.project(x, v)
+            leaves |= bucket.unstack(mixture.retract(x, v) - x, leaves)
+            ratios.append(largest_step(mixture, v))
+        state = state._replace(
+            inner=inner_state,
+            zeta_share=Stacked(tuple(shares), paths),
+            grad_norm=Stacked(tuple(norms), paths),
+            step_ratio=Stacked(tuple(ratios), paths),
+        )
+        return from_paths(leaves, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,48 @@
+"""What the links of the chain share: finding the constrained weights in a tree, as stacked matrices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+from ..groups import Plan, by_path, violation as violation_of
+
+# A forgotten `initialize` violates by about 1; rounding to bfloat16 by a few of its eps.
+_OFF_MANIFOLD = 1e-3
+
+
+def constrained_leaves(tree: Any, plan: Plan, role: str, link: str) -> dict[str, Array]:
+    """The leaves by path, if the weights of the plan's collections are among them, in their shapes."""
+    if tree is None:
+        raise ValueError(f"{link} needs the {role}: call tx.update(grads, state, params)")
+    leaves = by_path(tree)
+    for path in plan.collections:
+        if path not in leaves:
+            raise ValueError(
+                f"{link}: the {role} have no leaf {path!r}, which the plan constrains; a wrapper that flattens, renames "
+                f"or masks weights must stay outside the constrained ones. The paths are {list(leaves)[:8]}"
+            )
+        if leaves[path].shape != plan.entries[path].shape:
+            raise ValueError(
+                f"{link}: {path} has shape {leaves[path].shape} in the {role}, {plan.entries[path].shape} in the plan: "
+                "make the plan from these parameters"
+            )
+    return leaves
+
+
+def check_on_manifold(params: Any, plan: Plan, link: str) -> None:
+    """Raises if concrete parameters are off their manifolds of radius γ; under jit nothing can be said."""
+    leaves = by_path(params)
+    if any(path not in leaves or isinstance(leaves[path], (Tracer, jax.ShapeDtypeStruct)) for path in plan):
+        return
+    for path, found in violation_of(params, plan).items():
+        if not float(found) <= max(_OFF_MANIFOLD, 16 * float(jnp.finfo(leaves[path].dtype).eps)):
+            collection = plan.collections[path]
+            raise ValueError(
+                f"{link}: {path} is off its manifolds ({', '.join(type(kind).__name__ for kind in collection.kinds)}; "
+                f"γ = {np.min(collection.gamma):.3g}) by {float(found):.2g}. Start from "
+                "fg.initialize(key, params, plan), or keep these weights with fg.nearest(params, plan)"
+            )

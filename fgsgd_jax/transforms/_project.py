@@ -1,0 +1,43 @@
+"""Line 5 of Algorithm 1: gradients onto the tangent spaces."""
+
+from typing import Any
+
+import optax
+
+from ..groups import Plan, buckets, from_paths, kinds_of
+from ..manifolds import Mixture
+from ._links import constrained_leaves
+from ._states import ProjectState
+
+
+def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
+    """Projects updates onto the tangent spaces of the manifolds at the parameters.
+
+    Each matrix's update becomes Π_ω(g) at its weight ω. The radius is that of the weight as given.
+
+    Args:
+      plan: the plan of the parameters.
+
+    Returns:
+      A transformation whose `update` needs `params`. Unconstrained leaves pass through.
+
+    References:
+      Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1, line 5.
+    """
+    layout = buckets(plan)
+
+    def init(params: Any) -> Any:
+        constrained_leaves(params, plan, "parameters", "fg.project")
+        return ProjectState(kinds_of(plan, layout))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del extra_args
+        points = constrained_leaves(params, plan, "parameters", "fg.project")
+        leaves = constrained_leaves(updates, plan, "updates", "fg.project")
+        for bucket, kind in zip(layout, state.kinds.values, strict=True):
+            x, mixture = bucket.stack(points), Mixture(bucket.kinds, kind)
+            tangent = mixture.at(mixture.radius_of(x)).project(x, bucket.stack(leaves))
+            leaves = leaves | bucket.unstack(tangent, leaves)
+        return from_paths(leaves, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

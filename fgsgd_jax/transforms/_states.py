@@ -1,0 +1,100 @@
+"""Reading the radii and the figures of the last step out of an optimizer state, wherever they are in it."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from ..groups import Stacked
+
+
+class ProjectState(NamedTuple):
+    """Of `project`: the kind of manifold of every matrix."""
+
+    kinds: Stacked
+
+
+class NormalizeState(NamedTuple):
+    """Of `normalize_by_zeta`: the groups, and of the last step the share of groups with ζ > 1 and the largest R."""
+
+    groups: Stacked
+    zeta_share: Stacked
+    grad_norm: Stacked
+
+
+class RetractState(NamedTuple):
+    """Of `retract`: the kinds, and the largest ‖v‖/s of the last step."""
+
+    kinds: Stacked
+    step_ratio: Stacked
+
+
+class RescaleState(NamedTuple):
+    """Of `rescale`: the kinds and ℜ, the radius of every matrix."""
+
+    kinds: Stacked
+    radii: Stacked
+
+
+class FgsgdState(NamedTuple):
+    """Of `fgsgd`: all of the above, and the state of momentum and learning rate."""
+
+    kinds: Stacked
+    groups: Stacked
+    radii: Stacked
+    inner: Any
+    zeta_share: Stacked
+    grad_norm: Stacked
+    step_ratio: Stacked
+
+
+class StepMetrics(NamedTuple):
+    """Figures of one parameter's last step: scalars, NaN where no link measured them."""
+
+    zeta_share: Float[Array, ""] | float = float("nan")
+    grad_norm: Float[Array, ""] | float = float("nan")
+    step_ratio: Float[Array, ""] | float = float("nan")
+
+
+_STATES = (ProjectState, NormalizeState, RetractState, RescaleState, FgsgdState)
+
+
+def radii(state: Any) -> dict[str, Float[Array, "inputs outputs"]]:
+    """ℜ of every matrix, by path of the parameter: the radii that the state of `rescale`, `fgsgd` or a wrapper holds.
+
+    Args:
+      state: the state of a chain that has `rescale` in it, of `fgsgd`, or of any wrapper of those.
+
+    Returns:
+      Arrays over the grid of each parameter with a collection (1 for Euclidean matrices has no meaning).
+    """
+    for found in _find(state):
+        if isinstance(found, (RescaleState, FgsgdState)):
+            return found.radii.by_path()
+    raise ValueError("this state holds no radii: it is of no chain with fg.rescale(plan), nor of fg.fgsgd")
+
+
+def metrics(state: Any) -> dict[str, StepMetrics]:
+    """Figures of the last step, by path of the parameter.
+
+    Args:
+      state: the state of a chain of the links, of `fgsgd`, or of any wrapper of those.
+
+    Returns:
+      For each parameter with a collection: the share of its groups with ζ > 1, the largest norm R of a group's
+      projected gradient, and the largest ‖v‖_F/s of a constrained matrix. Cheap: they are read, not computed.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    for found in _find(state):
+        for name in StepMetrics._fields:
+            if hasattr(found, name):
+                for path, value in getattr(found, name).by_path().items():
+                    figures.setdefault(path, {})[name] = value
+    if not figures:
+        raise ValueError("this state holds no figures: it is of no chain of fg's links, nor of fg.fgsgd")
+    return {path: StepMetrics(**values) for path, values in figures.items()}
+
+
+def _find(state: Any) -> list[Any]:
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, _STATES))
+    return [leaf for leaf in leaves if isinstance(leaf, _STATES)]
