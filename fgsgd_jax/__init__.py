@@ -1,5 +1,8 @@
 """Weights exactly on their manifolds, mixed as finely as one spatial kernel at a time, for any Optax chain."""
 
+from typing import TYPE_CHECKING
+
+from .features import FeatureMoments as FeatureMoments, psum_moments as psum_moments
 from .groups import (
     PI as PI,
     PIO as PIO,
@@ -9,6 +12,7 @@ from .groups import (
     Each as Each,
     Plan as Plan,
     Scheme as Scheme,
+    Trace as Trace,
     View as View,
     Whole as Whole,
     initialize as initialize,
@@ -35,3 +39,15 @@ from .transforms import (
     retract as retract,
     robbins_monro as robbins_monro,
 )
+
+if TYPE_CHECKING:
+    from . import linen as linen, nnx as nnx
+
+
+def __getattr__(name: str):
+    # The adapters import flax, which the core does without.
+    if name in ("nnx", "linen"):
+        import importlib
+
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ from ._schemes import (
     Scheme as Scheme,
     Whole as Whole,
 )
+from ._trace import Trace as Trace
 from ._views import View as View
 from ._weights import (
     Radii as Radii,

@@ -47,9 +47,9 @@ class Bucket:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """Arrays of all buckets, the layers along their first axis; `paths` names the layers."""
+    """Arrays of all buckets, the layers along their first axis; `paths` names the layers. None where none is needed."""
 
-    values: tuple[Array | None, ...]
+    values: tuple[Any, ...]
     paths: tuple[tuple[str, ...], ...] = dataclasses.field(metadata={"static": True})
 
     def by_path(self) -> dict[str, Array]:

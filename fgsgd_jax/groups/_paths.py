@@ -19,9 +19,9 @@ def path_of(key_path: tuple) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of `tree` by path, in its order."""
-    return {path_of(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path_of(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)}
 
 
 def from_paths(leaves: dict[str, Any], like: Any) -> Any:

@@ -19,6 +19,7 @@ from ._collection import Collection, describe_manifold
 from ._deal import Bits
 from ._paths import Pattern, by_path, from_paths, matches
 from ._schemes import Scheme
+from ._trace import Trace
 from ._views import SLICES, View
 
 _FORMAT = "fgsgd_jax plan 1"
@@ -37,12 +38,14 @@ class Plan:
     """The manifolds and groups of all parameters, by path. Made by `plan`; see there.
 
     Its structure and counts are static; `member`, `group` and `gamma` are data that transformations put into their
-    states. Two plans are equal if everything in them is, the seed included.
+    states. `order` lists the constrained parameters as the trace met them, with None at normalization layers. Two
+    plans are equal if everything in them is, the seed included.
     """
 
-    def __init__(self, entries: dict[str, Entry], seed: int, like: Any = None):
+    def __init__(self, entries: dict[str, Entry], seed: int, order: tuple[str | None, ...] = (), like: Any = None):
         self.entries = entries
         self.seed = seed
+        self.order = order
         self._like = like
 
     def __getitem__(self, path: str) -> Collection | None:
@@ -78,6 +81,8 @@ class Plan:
                 return f"{path}: only {'there' if path not in self.entries else 'here'}"
             if found := _entry_difference(self.entries[path], other.entries[path]):
                 return f"{path}: {found}"
+        if self.order != other.order:
+            return f"order of the layers: {self.order} here, {other.order} there"
         return None
 
     def mask(self, params: Any = None) -> Any:
@@ -109,10 +114,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as text: complete, and refused by `from_json` if a character of it changes."""
-        body = {
-            "seed": self.seed,
-            "parameters": {path: _entry_to_json(entry) for path, entry in self.entries.items()},
-        }
+        parameters = {path: _entry_to_json(entry) for path, entry in self.entries.items()}
+        body = {"seed": self.seed, "order": list(self.order), "parameters": parameters}
         return json.dumps({"format": _FORMAT, "sha256": _digest(body), **body})
 
     @staticmethod
@@ -122,11 +125,11 @@ class Plan:
             document = json.loads(text)
             if not isinstance(document, dict) or document.get("format") != _FORMAT:
                 raise ValueError(f"this is not a plan: its format is not {_FORMAT!r}")
-            body = {"seed": document["seed"], "parameters": document["parameters"]}
+            body = {"seed": document["seed"], "order": document["order"], "parameters": document["parameters"]}
             if set(document) != {"format", "sha256", *body} or document["sha256"] != _digest(body):
                 raise ValueError("the plan was damaged or changed after it was written: its checksum does not match")
             entries = {path: _entry_from_json(entry) for path, entry in body["parameters"].items()}
-            return Plan(entries, body["seed"])
+            return Plan(entries, body["seed"], tuple(body["order"]))
         except (KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
             raise ValueError(f"the plan cannot be read: {error!r}") from error
 
@@ -136,8 +139,9 @@ def plan(
     rules: Iterable[tuple[Pattern, Scheme | None]],
     *,
     seed: int = 0,
-    gamma: str | float = "glorot",
+    gamma: str | float | Trace = "glorot",
     degenerate: str = "error",
+    trace: Trace | None = None,
 ) -> Plan:
     """Decides for every parameter on which manifolds its matrices lie, and how they are grouped.
 
@@ -148,9 +152,12 @@ def plan(
         `*` crosses `/`) or a predicate `(path, leaf) -> bool`.
       seed: of the random positions (section 3 of the paper). Counts do not depend on it.
       gamma: the scale γ of eq. 2 where a manifold states no radius. `"glorot"`: (fan in + fan out)^-½ for grids of
-        inputs × outputs, and 1 for views with one matrix per layer, head or neuron. A number: that, everywhere.
+        inputs × outputs, and 1 for views with one matrix per layer, head or neuron. A number: that, everywhere. A
+        `Trace` (of `fg.nnx.trace` or `fg.linen.trace`): the literal eq. 2, with the traced output size in the fan out.
       degenerate: what becomes of manifolds of dimension 0 (1×1 slices, oblique matrices of one row): `"error"`, or
         `"euclidean"` to leave those matrices unconstrained.
+      trace: tells the order of the layers, which λ uses in networks without normalization; given by `gamma` if that is
+        a trace.
 
     Returns:
       The `Plan`: deterministic in the rules, the seed and the shapes.
@@ -185,7 +192,9 @@ def plan(
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path} (shape {tuple(leaf.shape)}): {error}") from error
     structure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    return Plan(entries, seed, structure)
+    trace = gamma if isinstance(gamma, Trace) else trace
+    constrained = [path for path, entry in entries.items() if entry.collection and entry.collection.constrained]
+    return Plan(entries, seed, trace.order(constrained) if trace else (), structure)
 
 
 def _checked_rules(rules) -> list[tuple[Pattern, Scheme | None]]:
@@ -210,7 +219,9 @@ def _first_match(rules, path: str, leaf: Any) -> Scheme | None:
     raise ValueError(f"no rule matches the parameter {path!r}; to leave the rest unconstrained, end with ('*', None)")
 
 
-def _entry(path: str, leaf: Any, scheme: Scheme | None, seed: int, gamma: str | float, degenerate: str) -> Entry:
+def _entry(
+    path: str, leaf: Any, scheme: Scheme | None, seed: int, gamma: str | float | Trace, degenerate: str
+) -> Entry:
     shape = tuple(leaf.shape)
     if scheme is None:
         return Entry(shape, None)
@@ -246,22 +257,31 @@ def _entry(path: str, leaf: Any, scheme: Scheme | None, seed: int, gamma: str | 
             f"{dealt} slices are dealt over {len(manifolds)} manifolds at a time: one each to manifolds drawn at random"
         )
     member, group = scheme.deal(inputs, outputs, Bits(seed, path))
-    scales = _gamma(view, manifolds, member, gamma)
+    if isinstance(gamma, Trace) and path not in gamma.positions and any(m.radius is UNSTATED for m in manifolds):
+        raise ValueError(f"the trace met no call of this parameter's layer; it met {_some(gamma.positions)}")
+    positions = gamma.positions[path] if isinstance(gamma, Trace) and path in gamma.positions else None
+    scales = _gamma(view, manifolds, member, "glorot" if isinstance(gamma, Trace) else gamma, positions)
     collection = Collection(
         view, type(scheme).__name__, tuple(manifolds), member.astype(np.int16), group.astype(np.int32), scales
     )
     return Entry(shape, collection, tuple(notes))
 
 
-def _gamma(view: View, manifolds: list[Manifold], member: np.ndarray, gamma: str | float) -> float | np.ndarray:
-    """γ of every matrix: the stated radius of its manifold, else what the plan says."""
+def _gamma(
+    view: View, manifolds: list[Manifold], member: np.ndarray, gamma: str | float, positions: int | None
+) -> float | np.ndarray:
+    """γ of every matrix: the stated radius of its manifold, else what the plan says.
+
+    Eq. 2 with b = C·A·B, and b̂ = H_out·W_out·D if the number of output positions is known, A·B·D (Glorot's) if not.
+    """
     inputs, outputs, rows, cols = view.grid
     if gamma == "glorot":
-        default = 1.0 if view.mixes_channels else (rows * cols * (inputs + outputs)) ** -0.5
+        fan_out = (positions or rows * cols) * outputs
+        default = 1.0 if view.mixes_channels else (rows * cols * inputs + fan_out) ** -0.5
     elif isinstance(gamma, (int, float)) and not isinstance(gamma, bool) and 0 < gamma < float("inf"):
         default = float(gamma)
     else:
-        raise ValueError(f"gamma={gamma!r}: write 'glorot' or a positive number")
+        raise ValueError(f"gamma={gamma!r}: write 'glorot', a positive number, or a trace of the model")
     of_manifold = []
     for manifold in manifolds:
         radius = np.asarray(default if manifold.radius is UNSTATED else manifold.radius, np.float64)

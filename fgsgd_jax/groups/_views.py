@@ -72,6 +72,15 @@ class View:
         left, right = self.pattern.split("->")
         return einops.rearrange(x, f"... {left} -> ... {right}", **dict(self.sizes))
 
+    def split_broadcast(self, x: Float[Array, "..."]) -> Float[Array, "inputs outputs rows cols"]:
+        """`split` of an array that broadcasts against the tensor: its axes of length 1 stay so."""
+        left, right = self.pattern.split("->")
+        sizes = dict(self.sizes)
+        for axis, length in zip(_axes(left, self.pattern), x.shape, strict=True):
+            if length == 1:
+                sizes |= dict.fromkeys(axis, 1)
+        return einops.rearrange(x, f"{left} -> {right}", **sizes)
+
     def merge(self, grid: Float[Array, "*batch inputs outputs rows cols"]) -> Float[Array, "..."]:
         """The tensor of a grid of matrices: undoes `split`."""
         left, right = self.pattern.split("->")

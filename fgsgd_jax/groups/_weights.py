@@ -85,13 +85,14 @@ def nearest(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = N
     return from_paths(leaves, params)
 
 
-def violation(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Float[Array, ""]]:
+def violation(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = None) -> dict[str, Float[Array, ""]]:
     """How far every constrained weight is from its manifold.
 
     Args:
       params: the parameters.
       plan: the plan of these parameters.
-      radii: of the manifolds, by path: None for the plan's γ, or `fg.radii(opt_state)`.
+      radii: of the manifolds, by path: None for the plan's γ, `fg.radii(opt_state)`, or `"fitted"` for each matrix's
+        own.
 
     Returns:
       For the path of every constrained parameter, the largest violation of its matrices: the largest absolute entry of
@@ -99,8 +100,12 @@ def violation(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, 
     """
     leaves, result = checked_leaves(params, plan), {}
     for bucket, kind in zip(layout := buckets(plan), kinds_of(plan, layout).values, strict=True):
-        scales = _gammas(plan, bucket, leaves) if radii is None else _radii(radii, bucket, leaves)
-        for path, value in zip(bucket.paths, _violation(bucket.kinds, kind, scales, bucket.stack(leaves)), strict=True):
+        x = bucket.stack(leaves)
+        if isinstance(radii, str):
+            scales = Mixture(bucket.kinds, kind).radius_of(x)
+        else:
+            scales = _gammas(plan, bucket, leaves) if radii is None else _radii(radii, bucket, leaves)
+        for path, value in zip(bucket.paths, _violation(bucket.kinds, kind, scales, x), strict=True):
             if plan.collections[path].constrained:
                 result[path] = value
     return result

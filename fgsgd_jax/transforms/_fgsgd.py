@@ -1,6 +1,6 @@
 """FG-SGD as one transformation."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -10,8 +10,8 @@ from ..groups import Plan, Stacked, buckets, from_paths, groups_of, kinds_of
 from ..manifolds import Mixture
 from ._links import check_on_manifold, constrained_leaves
 from ._normalize import normalized_groups, zeros
-from ._rescale import initial_radii
 from ._retract import largest_step
+from ._scale import Scale
 from ._states import FgsgdState
 from ._zeta import Scalar
 
@@ -24,6 +24,11 @@ def fgsgd(
     rho: Scalar = 1.0,
     curvature: Scalar = 0.0,
     weight_decay: Scalar = 0.0,
+    every: int | None = None,
+    lambda_floor: float | None = None,
+    max_change: float | Literal["auto"] | None = "auto",
+    warmup: tuple[int, int] | None = None,
+    radii: Literal["gamma", "fitted"] = "gamma",
 ) -> optax.GradientTransformationExtraArgs:
     """Fine-grained SGD: SGD on collections of products of manifolds.
 
@@ -40,12 +45,17 @@ def fgsgd(
       curvature: c of eq. 5.
       weight_decay: L2 penalty on unconstrained leaves, added to the gradient as in `optax.add_decayed_weights` before
         `optax.sgd`. On a manifold of fixed norm it would do nothing.
+      every: applied updates in an epoch, for λ; this and the remaining arguments are those of `rescale`.
+      lambda_floor: smallest λ used.
+      max_change: largest factor by which a radius changes at once.
+      warmup: (updates, until), a shorter period at first.
+      radii: of the first epoch.
 
     Returns:
-      A transformation whose `update` needs `params`.
+      A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: in `init` outside jit, if parameters are off their manifolds of radius γ.
+      ValueError: in `init` outside jit, if parameters are off their manifolds; for options that make no sense.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1.
@@ -66,17 +76,21 @@ def fgsgd(
     layout = buckets(plan)
     paths = tuple(bucket.paths for bucket in layout)
     collected = set(plan.collections)
+    scale = Scale(plan, layout, every, lambda_floor, max_change, warmup, radii)
     inner = optax.scale_by_learning_rate(learning_rate)
     if momentum is not None:
         inner = optax.chain(optax.trace(momentum, nesterov), inner)
 
     def init(params: Any) -> Any:
         leaves = constrained_leaves(params, plan, "parameters", "fg.fgsgd")
-        check_on_manifold(params, plan, "fg.fgsgd")
+        check_on_manifold(params, plan, "fg.fgsgd", radii)
+        kinds = kinds_of(plan, layout)
+        started = scale.init(kinds, leaves)
         return FgsgdState(
-            kinds=kinds_of(plan, layout),
+            kinds=kinds,
             groups=groups_of(plan, layout),
-            radii=initial_radii(plan, layout, leaves),
+            radii=started.radii,
+            lambdas=started.lambdas,
             inner=inner.init(working(leaves)),
             zeta_share=zeros(layout, leaves),
             grad_norm=zeros(layout, leaves),
@@ -93,7 +107,7 @@ def fgsgd(
             return rest
         return {path: g + jnp.asarray(weight_decay, g.dtype) * points[path] for path, g in rest.items()}
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.fgsgd")
         leaves = constrained_leaves(updates, plan, "updates", "fg.fgsgd")
@@ -112,13 +126,19 @@ def fgsgd(
         moved: Any
         moved, inner_state = inner.update((directions, decayed(rest, points)), state.inner)
         steps, rest = moved
+        rescaled = scale.advance(state.scale, state.kinds, feature_moments)
         leaves, ratios = leaves | rest, []
-        for bucket, mixture, x, v in zip(layout, mixtures, xs, steps, strict=True):
+        for bucket, mixture, x, v, radius in zip(layout, mixtures, xs, steps, rescaled.radii.values, strict=True):
             if momentum is not None:
                 v = mixture.project(x, v)
-            leaves |= bucket.unstack(mixture.retract(x, v) - x, leaves)
+            y = mixture.retract(x, v)
+            if every is not None:
+                y = y * (radius / mixture.radius)[..., None, None]
+            leaves |= bucket.unstack(y - x, leaves)
             ratios.append(largest_step(mixture, v))
         state = state._replace(
+            radii=rescaled.radii,
+            lambdas=rescaled.lambdas,
             inner=inner_state,
             zeta_share=Stacked(tuple(shares), paths),
             grad_norm=Stacked(tuple(norms), paths),

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from ..groups import Plan, by_path, violation as violation_of
+from ..groups import Plan, by_path, violation
 
 # A forgotten `initialize` violates by about 1; rounding to bfloat16 by a few of its eps.
 _OFF_MANIFOLD = 1e-3
@@ -22,8 +22,8 @@ def constrained_leaves(tree: Any, plan: Plan, role: str, link: str) -> dict[str,
     for path in plan.collections:
         if path not in leaves:
             raise ValueError(
-                f"{link}: the {role} have no leaf {path!r}, which the plan constrains; a wrapper that flattens, renames "
-                f"or masks weights must stay outside the constrained ones. The paths are {list(leaves)[:8]}"
+                f"{link}: the {role} lack the leaf {path!r}, which the plan constrains; a wrapper that flattens, "
+                f"renames or masks weights must stay outside the constrained ones. The paths are {list(leaves)[:8]}"
             )
         if leaves[path].shape != plan.entries[path].shape:
             raise ValueError(
@@ -33,16 +33,17 @@ def constrained_leaves(tree: Any, plan: Plan, role: str, link: str) -> dict[str,
     return leaves
 
 
-def check_on_manifold(params: Any, plan: Plan, link: str) -> None:
-    """Raises if concrete parameters are off their manifolds of radius γ; under jit nothing can be said."""
+def check_on_manifold(params: Any, plan: Plan, link: str, radii: str) -> None:
+    """Raises if concrete parameters are off their manifolds; under jit nothing can be said."""
     leaves = by_path(params)
     if any(path not in leaves or isinstance(leaves[path], (Tracer, jax.ShapeDtypeStruct)) for path in plan):
         return
-    for path, found in violation_of(params, plan).items():
+    for path, found in violation(params, plan, radii=None if radii == "gamma" else "fitted").items():
         if not float(found) <= max(_OFF_MANIFOLD, 16 * float(jnp.finfo(leaves[path].dtype).eps)):
             collection = plan.collections[path]
             raise ValueError(
                 f"{link}: {path} is off its manifolds ({', '.join(type(kind).__name__ for kind in collection.kinds)}; "
                 f"γ = {np.min(collection.gamma):.3g}) by {float(found):.2g}. Start from "
-                "fg.initialize(key, params, plan), or keep these weights with fg.nearest(params, plan)"
+                "fg.initialize(key, params, plan), or keep these weights with fg.nearest(params, plan); to keep their "
+                "scales too, write radii='fitted' in both"
             )

@@ -1,45 +1,72 @@
 """The rescaling of weights by ℜ = γ/λ."""
 
-from typing import Any
+from typing import Any, Literal
 
-import jax.numpy as jnp
 import optax
 
-from ..groups import Plan, Stacked, buckets, from_paths, gammas, kinds_of
+from ..groups import Plan, buckets, from_paths, kinds_of
 from ..manifolds import Mixture
 from ._links import check_on_manifold, constrained_leaves
+from ._scale import Scale
 from ._states import RescaleState
 
 
-def rescale(plan: Plan) -> optax.GradientTransformationExtraArgs:
+def rescale(
+    plan: Plan,
+    every: int | None = None,
+    lambda_floor: float | None = None,
+    max_change: float | Literal["auto"] | None = "auto",
+    warmup: tuple[int, int] | None = None,
+    radii: Literal["gamma", "fitted"] = "gamma",
+) -> optax.GradientTransformationExtraArgs:
     """Sets the matrices that the displacements lead to to exactly their radius ℜ = γ/λ.
 
     It is the last link of every chain. The radii are its state: no radius is carried from step to step by weights,
-    where round-off would walk it away. λ = 1 here.
+    where round-off would walk it away.
+
+    λ is the standard deviation of the features that enter a matrix, over an epoch. It is 1 in the first epoch, and for
+    ever if `every` is None or `update` is given no `feature_moments`. `feature_moments` (of `fg.nnx.moments` or
+    `fg.linen.observe`) cover what was seen since the last applied update. A matrix whose channels had no features,
+    or constant ones, keeps its scale and is counted in `fg.metrics`.
 
     Args:
       plan: the plan of the parameters.
+      every: applied updates in an epoch: after so many, ℜ changes.
+      lambda_floor: smallest λ used. 1 guarantees ℜ ≤ γ and with it the norm bounds of Proposition 1; None uses λ as
+        measured.
+      max_change: largest factor by which radii change at once, None for none. Without normalization layers, changing
+        all radii together over-corrects. If the plan knows the order of the layers (it was given a trace), each λ is
+        corrected by the changes of the layers above it, and the limit concerns the channels of a layer relative to
+        each other; `"auto"` is 1 + 4/(layers between normalizations) then, and 2 otherwise.
+      warmup: (updates, until): change every `updates` applied updates until `until` of them were applied. With a
+        limited change it lets the scales of a deep network without normalization settle early.
+      radii: of the first epoch: `"gamma"`, or `"fitted"` for those of the parameters that `init` is given, as
+        `fg.nearest(..., radii="fitted")` leaves them; they then take the place of γ.
 
     Returns:
-      A transformation whose `update` needs `params` and takes displacements, as `retract` makes them.
+      A transformation whose `update` needs `params`, takes `feature_moments`, and expects displacements, as `retract`
+      makes them.
 
     Raises:
-      ValueError: in `init` outside jit, if parameters are off their manifolds of radius γ.
+      ValueError: in `init` outside jit, if parameters are off their manifolds; for options that make no sense.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, section 4 and eq. 2.
     """
     layout = buckets(plan)
+    scale = Scale(plan, layout, every, lambda_floor, max_change, warmup, radii)
 
     def init(params: Any) -> Any:
         leaves = constrained_leaves(params, plan, "parameters", "fg.rescale")
-        check_on_manifold(params, plan, "fg.rescale")
-        return RescaleState(kinds_of(plan, layout), initial_radii(plan, layout, leaves))
+        check_on_manifold(params, plan, "fg.rescale", radii)
+        kinds = kinds_of(plan, layout)
+        return RescaleState(kinds, *scale.init(kinds, leaves))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.rescale")
         leaves = constrained_leaves(updates, plan, "updates", "fg.rescale")
+        state = RescaleState(state.kinds, *scale.advance(state.scale, state.kinds, feature_moments))
         for bucket, kind, radius in zip(layout, state.kinds.values, state.radii.values, strict=True):
             x, mixture = bucket.stack(points), Mixture(bucket.kinds, kind, radius)
             y = mixture.rescale(x + bucket.stack(leaves))
@@ -47,9 +74,3 @@ def rescale(plan: Plan) -> optax.GradientTransformationExtraArgs:
         return from_paths(leaves, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def initial_radii(plan: Plan, layout, leaves: dict[str, Any]) -> Stacked:
-    """ℜ at λ = 1: γ."""
-    values = tuple(jnp.asarray(gammas(plan, bucket, bucket.dtype(leaves))) for bucket in layout)
-    return Stacked(values, tuple(bucket.paths for bucket in layout))

@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ..groups import Stacked
+from ._scale import LambdaState, ScaleState
 
 
 class ProjectState(NamedTuple):
@@ -30,10 +31,16 @@ class RetractState(NamedTuple):
 
 
 class RescaleState(NamedTuple):
-    """Of `rescale`: the kinds and ℜ, the radius of every matrix."""
+    """Of `rescale`: the kinds, ℜ (the radius of every matrix), and what λ needs."""
 
     kinds: Stacked
     radii: Stacked
+    lambdas: LambdaState | None
+
+    @property
+    def scale(self) -> ScaleState:
+        """What changes with λ."""
+        return ScaleState(self.radii, self.lambdas)
 
 
 class FgsgdState(NamedTuple):
@@ -42,10 +49,16 @@ class FgsgdState(NamedTuple):
     kinds: Stacked
     groups: Stacked
     radii: Stacked
+    lambdas: LambdaState | None
     inner: Any
     zeta_share: Stacked
     grad_norm: Stacked
     step_ratio: Stacked
+
+    @property
+    def scale(self) -> ScaleState:
+        """What changes with λ."""
+        return ScaleState(self.radii, self.lambdas)
 
 
 class StepMetrics(NamedTuple):
@@ -54,6 +67,7 @@ class StepMetrics(NamedTuple):
     zeta_share: Float[Array, ""] | float = float("nan")
     grad_norm: Float[Array, ""] | float = float("nan")
     step_ratio: Float[Array, ""] | float = float("nan")
+    unfed: Int[Array, ""] | float = float("nan")
 
 
 _STATES = (ProjectState, NormalizeState, RetractState, RescaleState, FgsgdState)
@@ -82,14 +96,16 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
 
     Returns:
       For each parameter with a collection: the share of its groups with ζ > 1, the largest norm R of a group's
-      projected gradient, and the largest ‖v‖_F/s of a constrained matrix. Cheap: they are read, not computed.
+      projected gradient, and the largest ‖v‖_F/s of a constrained matrix. `unfed` is the number of matrices that kept
+      their scale at the last change of λ because no features, or constant ones, reached them. Cheap: they are read.
     """
     figures: dict[str, dict[str, Any]] = {}
     for found in _find(state):
-        for name in StepMetrics._fields:
-            if hasattr(found, name):
-                for path, value in getattr(found, name).by_path().items():
-                    figures.setdefault(path, {})[name] = value
+        for source in (found, getattr(found, "lambdas", None)):
+            for name in StepMetrics._fields:
+                if hasattr(source, name):
+                    for path, value in getattr(source, name).by_path().items():
+                        figures.setdefault(path, {})[name] = value
     if not figures:
         raise ValueError("this state holds no figures: it is of no chain of fg's links, nor of fg.fgsgd")
     return {path: StepMetrics(**values) for path, values in figures.items()}

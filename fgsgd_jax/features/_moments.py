@@ -1,0 +1,94 @@
+"""Moments of features, merged without loss of precision."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ..manifolds import compute_dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FeatureMoments:
+    """Count, mean and centred second moment Σ(x - mean)² of the features that enter a weight, per input channel.
+
+    The arrays have one shape: that of the weight's axes `axes`, in this order. For the kernels of convolutions and
+    Dense layers that is the input channels [C], for a grouped convolution those of all groups; for an attention's
+    output projection [heads, head_dim].
+    """
+
+    count: Float[Array, "*channels"]
+    mean: Float[Array, "*channels"]
+    m2: Float[Array, "*channels"]
+    axes: tuple[int, ...] = dataclasses.field(default=(-2,), metadata={"static": True})
+
+    @property
+    def std(self) -> Float[Array, "*channels"]:
+        """Standard deviation λ of the whole population; 0 without data."""
+        return jnp.sqrt(self.m2 / jnp.maximum(self.count, 1))
+
+
+def batch_moments(
+    x: Float[Array, "..."], channel_axes: tuple[int, ...], axes: tuple[int, ...] = (-2,)
+) -> FeatureMoments:
+    """Moments of a batch `x` over all axes but `channel_axes`, in float32 at least; no gradient flows through them.
+
+    Args:
+      x: features.
+      channel_axes: the axes of `x` that are input channels of the weight.
+      axes: the axes of the weight that they meet.
+    """
+    x = lax.stop_gradient(x).astype(compute_dtype(x.dtype))
+    kept = tuple(axis % x.ndim for axis in channel_axes)
+    reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    count = 1
+    for axis in reduced:
+        count *= x.shape[axis]
+    mean = jnp.mean(x, axis=reduced, keepdims=True)
+    m2 = jnp.sum(jnp.square(x - mean), axis=reduced)
+    # Reductions keep the order of the axes of x; the moments have that of `channel_axes`.
+    order = tuple(sorted(kept).index(axis) for axis in kept)
+    mean = jnp.squeeze(mean, axis=reduced).transpose(order)
+    return FeatureMoments(jnp.full_like(mean, count), mean, m2.transpose(order), axes)
+
+
+def merge_moments(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
+    """Moments of the union of two populations (Chan, Golub & LeVeque 1983)."""
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1)
+    delta = b.mean - a.mean
+    return FeatureMoments(count, a.mean + share * delta, a.m2 + b.m2 + jnp.square(delta) * share * a.count, a.axes)
+
+
+def merge_over(moments: FeatureMoments, axis: int | tuple[int, ...], keepdims: bool = False) -> FeatureMoments:
+    """Moments of the union of the populations along `axis`."""
+    count = jnp.sum(moments.count, axis=axis, keepdims=True)
+    mean = jnp.sum(moments.count * moments.mean, axis=axis, keepdims=True) / jnp.maximum(count, 1)
+    within = jnp.sum(moments.m2, axis=axis, keepdims=True)
+    between = jnp.sum(moments.count * jnp.square(moments.mean - mean), axis=axis, keepdims=True)
+    merged = FeatureMoments(count, mean, within + between, moments.axes)
+    return merged if keepdims else jax.tree.map(lambda x: jnp.squeeze(x, axis=axis), merged)
+
+
+def psum_moments(moments: Any, axis_name: Any) -> Any:
+    """Moments over all devices of a mapped axis, in `shard_map` or `pmap`, of a tree with `FeatureMoments` in it.
+
+    Under `jit` with sharded arrays nothing is needed: there the features are those of the global batch.
+    """
+
+    def over_devices(part: FeatureMoments) -> FeatureMoments:
+        count = lax.psum(part.count, axis_name)
+        mean = lax.psum(part.count * part.mean, axis_name) / jnp.maximum(count, 1)
+        m2 = lax.psum(part.m2 + part.count * jnp.square(part.mean - mean), axis_name)
+        return FeatureMoments(count, mean, m2, part.axes)
+
+    return jax.tree.map(over_devices, moments, is_leaf=is_moments)
+
+
+def is_moments(node: Any) -> bool:
+    """Whether a node of a tree is a `FeatureMoments`."""
+    return isinstance(node, FeatureMoments)

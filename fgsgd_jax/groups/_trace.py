@@ -1,0 +1,36 @@
+"""What a trace of the model's forward pass tells a plan."""
+
+import dataclasses
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The calls of a model's layers, in their order, found without computing anything.
+
+    `calls` has a pair for every call of a layer with a kernel, its path and the number of its output positions
+    (H_out·W_out of a convolution), and (None, 0) for every call of a normalization layer, behind which the scale
+    of what came before is forgotten. Made by `fg.nnx.trace` and `fg.linen.trace`.
+    """
+
+    calls: tuple[tuple[str | None, int], ...]
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Output positions by path; of a layer called several times, the most."""
+        found: dict[str, int] = {}
+        for path, positions in self.calls:
+            if path is not None:
+                found[path] = max(positions, found.get(path, 0))
+        return found
+
+    def order(self, paths: Iterable[str]) -> tuple[str | None, ...]:
+        """Those of `paths` that are called, in order of their first call, and None at normalizations between them."""
+        paths, seen, order = set(paths), set(), []
+        for path, _ in self.calls:
+            if path is None and order and order[-1] is not None:
+                order.append(None)
+            elif path in paths and path not in seen:
+                order.append(path)
+                seen.add(path)
+        return tuple(order)
