@@ -74,13 +74,13 @@ class Plan:
 
     def difference(self, other: "Plan") -> str | None:
         """The first difference to another plan, in words; None if there is none."""
-        if self.seed != other.seed:
-            return f"seed: {self.seed} here, {other.seed} there"
         for path in dict.fromkeys([*self.entries, *other.entries]):
             if path not in self.entries or path not in other.entries:
                 return f"{path}: only {'there' if path not in self.entries else 'here'}"
             if found := _entry_difference(self.entries[path], other.entries[path]):
                 return f"{path}: {found}"
+        if self.seed != other.seed:
+            return f"seed: {self.seed} here, {other.seed} there"
         if self.order != other.order:
             return f"order of the layers: {self.order} here, {other.order} there"
         return None
@@ -216,7 +216,7 @@ def _first_match(rules, path: str, leaf: Any) -> Scheme | None:
     for pattern, scheme in rules:
         if matches(pattern, path, leaf):
             return scheme
-    raise ValueError(f"no rule matches the parameter {path!r}; to leave the rest unconstrained, end with ('*', None)")
+    raise ValueError(f'no rule matches the parameter {path!r}; to leave the rest unconstrained, end with ("*", None)')
 
 
 def _entry(
@@ -235,7 +235,7 @@ def _entry(
             f"{scheme} takes the spatial slices of four-dimensional kernels; for this tensor give a view, as in "
             f'view="i o -> 1 1 i o" for the matrix of a Dense layer, or the scheme None'
         )
-    view = View.of(scheme.view or SLICES, shape, **scheme.sizes)
+    view = View.of(SLICES if scheme.view is None else scheme.view, shape, **scheme.sizes)
     inputs, outputs, *matrix = view.grid
     if 0 in view.grid:
         raise ValueError("it is empty; give it the scheme None")
@@ -245,16 +245,15 @@ def _entry(
             name = f"{type(manifold).__name__} of {matrix[0]}×{matrix[1]} matrices"
             if degenerate == "error":
                 raise ValueError(
-                    f"{name} has dimension 0 and cannot train; write degenerate='euclidean' to leave them "
+                    f'{name} has dimension 0 and cannot train; write degenerate="euclidean" to leave them '
                     "unconstrained, or another view of the tensor"
                 )
             manifolds[index] = Euclidean()
             notes.append(f"{name} has dimension 0: Euclidean")
-    if notes and all(isinstance(manifold, Euclidean) for manifold in manifolds):
-        return Entry(shape, None, tuple(notes))
     if len(manifolds) > (dealt := scheme.dealt_at_once(inputs, outputs)):
         notes.append(
-            f"{dealt} slices are dealt over {len(manifolds)} manifolds at a time: one each to manifolds drawn at random"
+            f"{dealt} slices are dealt at a time, fewer than the {len(manifolds)} manifolds: one each to manifolds "
+            "drawn at random"
         )
     member, group = scheme.deal(inputs, outputs, Bits(seed, path))
     if isinstance(gamma, Trace) and path not in gamma.positions and any(m.radius is UNSTATED for m in manifolds):

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -141,8 +142,8 @@ class Custom(Scheme):
     def __init__(
         self,
         manifolds: Sequence[Manifold],
-        member: Int[np.ndarray, "inputs outputs"],
-        group: Int[np.ndarray, "inputs outputs"],
+        member: Any,
+        group: Any,
         view: str | None = None,
         **sizes: int,
     ):
@@ -159,7 +160,12 @@ class Custom(Scheme):
                     f"{(inputs, outputs)} (inputs, outputs)"
                 )
         if self.member.min() < 0 or self.member.max() >= len(self.manifolds):
-            raise ValueError(f"Custom: member must lie in 0 … {len(self.manifolds) - 1}, the indices of the manifolds")
+            raise ValueError(
+                f"Custom: member has values from {self.member.min()} to {self.member.max()}; the indices of the "
+                f"manifolds are 0 … {len(self.manifolds) - 1}"
+            )
+        if self.group.min() < 0:
+            raise ValueError(f"Custom: group has the number {self.group.min()}; number the groups from 0")
         group = numbered(self.group)
         of_group = np.zeros(group.max() + 1, int)
         of_group[group] = self.member
