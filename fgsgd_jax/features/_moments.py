@@ -1,6 +1,7 @@
 """Moments of features, merged without loss of precision."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -21,9 +22,10 @@ class FeatureMoments:
     output projection [heads, head_dim].
     """
 
-    count: Float[Array, "*channels"]
-    mean: Float[Array, "*channels"]
-    m2: Float[Array, "*channels"]
+    # A pytree's leaves may be anything while it is transformed, so their types are not checked here.
+    count: Any
+    mean: Any
+    m2: Any
     axes: tuple[int, ...] = dataclasses.field(default=(-2,), metadata={"static": True})
 
     @property
@@ -45,15 +47,18 @@ def batch_moments(
     x = lax.stop_gradient(x).astype(compute_dtype(x.dtype))
     kept = tuple(axis % x.ndim for axis in channel_axes)
     reduced = tuple(axis for axis in range(x.ndim) if axis not in kept)
-    count = 1
-    for axis in reduced:
-        count *= x.shape[axis]
-    mean = jnp.mean(x, axis=reduced, keepdims=True)
-    m2 = jnp.sum(jnp.square(x - mean), axis=reduced)
+    count = math.prod(x.shape[axis] for axis in reduced)
+    # One pass over the features, centred on the first of them so that no digits cancel: a second pass, on the mean,
+    # would keep the features alive for longer.
+    first = tuple(slice(None) if axis in kept else slice(0, 1) for axis in range(x.ndim))
+    shift = x[first]
+    centred = x - shift
+    total, squares = jnp.sum(centred, axis=reduced), jnp.sum(jnp.square(centred), axis=reduced)
+    mean = jnp.squeeze(shift, axis=reduced) + total / max(count, 1)
+    m2 = jnp.maximum(0, squares - jnp.square(total) / max(count, 1))
     # Reductions keep the order of the axes of x; the moments have that of `channel_axes`.
     order = tuple(sorted(kept).index(axis) for axis in kept)
-    mean = jnp.squeeze(mean, axis=reduced).transpose(order)
-    return FeatureMoments(jnp.full_like(mean, count), mean, m2.transpose(order), axes)
+    return FeatureMoments(jnp.full_like(mean, count).transpose(order), mean.transpose(order), m2.transpose(order), axes)
 
 
 def merge_moments(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
