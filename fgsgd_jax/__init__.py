@@ -33,6 +33,7 @@ from .transforms import (
     fgsgd as fgsgd,
     metrics as metrics,
     normalize_by_zeta as normalize_by_zeta,
+    on_manifolds as on_manifolds,
     project as project,
     radii as radii,
     rescale as rescale,

@@ -2,6 +2,7 @@
 
 from ._fgsgd import fgsgd as fgsgd
 from ._normalize import normalize_by_zeta as normalize_by_zeta
+from ._on_manifolds import on_manifolds as on_manifolds
 from ._project import project as project
 from ._rescale import rescale as rescale
 from ._retract import retract as retract

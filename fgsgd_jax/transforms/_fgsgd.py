@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array
 
 from ..groups import Plan, Stacked, buckets, from_paths, groups_of, kinds_of
-from ..manifolds import Mixture
+from ..manifolds import Euclidean, Mixture
 from ._links import check_on_manifold, constrained_leaves
 from ._normalize import normalized_groups, zeros
 from ._retract import largest_step
@@ -43,8 +43,8 @@ def fgsgd(
       nesterov: whether to look ahead, as in `optax.trace`.
       rho: ρ of eq. 5.
       curvature: c of eq. 5.
-      weight_decay: L2 penalty on unconstrained leaves, added to the gradient as in `optax.add_decayed_weights` before
-        `optax.sgd`. On a manifold of fixed norm it would do nothing.
+      weight_decay: L2 penalty on unconstrained leaves and those of Euclidean matrices alone, added to their gradients as
+        in `optax.add_decayed_weights` before `optax.sgd`. On a manifold of fixed norm it would do nothing.
       every: applied updates in an epoch, for λ; this and the remaining arguments are those of `rescale`.
       lambda_floor: smallest λ used.
       max_change: largest factor by which a radius changes at once.
@@ -102,10 +102,8 @@ def fgsgd(
         rest = {path: leaf for path, leaf in leaves.items() if path not in collected}
         return [bucket.stack(leaves) for bucket in layout], rest
 
-    def decayed(rest: dict[str, Array], points: dict[str, Array]) -> dict[str, Array]:
-        if isinstance(weight_decay, (int, float)) and weight_decay == 0:
-            return rest
-        return {path: g + jnp.asarray(weight_decay, g.dtype) * points[path] for path, g in rest.items()}
+    def decay(x: Array) -> Array:
+        return jnp.asarray(weight_decay, x.dtype) * x
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
@@ -120,11 +118,13 @@ def fgsgd(
         directions, shares, norms = [], [], []
         for bucket, mixture, group, x, g in zip(layout, mixtures, state.groups.values, xs, gradients, strict=True):
             t, share, norm = normalized_groups(bucket, group, mixture.project(x, g), rho, curvature)
-            directions.append(t)
+            directions.append(t + decay(x) if all(isinstance(kind, Euclidean) for kind in bucket.kinds) else t)
             shares.append(share)
             norms.append(norm)
         moved: Any
-        moved, inner_state = inner.update((directions, decayed(rest, points)), state.inner)
+        moved, inner_state = inner.update(
+            (directions, {path: g + decay(points[path]) for path, g in rest.items()}), state.inner
+        )
         steps, rest = moved
         rescaled = scale.advance(state.scale, state.kinds, feature_moments)
         leaves, ratios = leaves | rest, []

@@ -61,6 +61,21 @@ class FgsgdState(NamedTuple):
         return ScaleState(self.radii, self.lambdas)
 
 
+class OnManifoldsState(NamedTuple):
+    """Of `on_manifolds`: the kinds, ℜ, what λ needs, the inner optimizer's state, and the last step's largest ‖v‖/s."""
+
+    kinds: Stacked
+    radii: Stacked
+    lambdas: LambdaState | None
+    inner: Any
+    step_ratio: Stacked
+
+    @property
+    def scale(self) -> ScaleState:
+        """What changes with λ."""
+        return ScaleState(self.radii, self.lambdas)
+
+
 class StepMetrics(NamedTuple):
     """Figures of one parameter's last step: scalars, NaN where no link measured them."""
 
@@ -70,7 +85,7 @@ class StepMetrics(NamedTuple):
     unfed: Int[Array, ""] | float = float("nan")
 
 
-_STATES = (ProjectState, NormalizeState, RetractState, RescaleState, FgsgdState)
+_STATES = (ProjectState, NormalizeState, RetractState, RescaleState, FgsgdState, OnManifoldsState)
 
 
 def radii(state: Any) -> dict[str, Float[Array, "inputs outputs"]]:
@@ -83,9 +98,11 @@ def radii(state: Any) -> dict[str, Float[Array, "inputs outputs"]]:
       Arrays over the grid of each parameter with a collection (1 for Euclidean matrices has no meaning).
     """
     for found in _find(state):
-        if isinstance(found, (RescaleState, FgsgdState)):
+        if isinstance(found, (RescaleState, FgsgdState, OnManifoldsState)):
             return found.radii.by_path()
-    raise ValueError("this state holds no radii: it is of no chain with fg.rescale(plan), nor of fg.fgsgd")
+    raise ValueError(
+        "this state holds no radii: it is of no chain with fg.rescale(plan), nor of fg.fgsgd or fg.on_manifolds"
+    )
 
 
 def metrics(state: Any) -> dict[str, StepMetrics]:
@@ -107,10 +124,14 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
                     for path, value in getattr(source, name).by_path().items():
                         figures.setdefault(path, {})[name] = value
     if not figures:
-        raise ValueError("this state holds no figures: it is of no chain of fg's links, nor of fg.fgsgd")
+        raise ValueError(
+            "this state holds no figures: it is of no chain of fg's links, nor of fg.fgsgd or fg.on_manifolds"
+        )
     return {path: StepMetrics(**values) for path, values in figures.items()}
 
 
 def _find(state: Any) -> list[Any]:
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, _STATES))
-    return [leaf for leaf in leaves if isinstance(leaf, _STATES)]
+    found = [leaf for leaf in leaves if isinstance(leaf, _STATES)]
+    # The optimizer inside `on_manifolds` may hold links too.
+    return found + [link for leaf in found if isinstance(leaf, OnManifoldsState) for link in _find(leaf.inner)]
