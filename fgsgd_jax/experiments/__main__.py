@@ -1,0 +1,60 @@
+"""The command line, `fgsgd`."""
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `fgsgd` with these arguments, or those of the process.
+
+    What the user can mend ends in one line on standard error and exit code 2, without a traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or a pipe that cannot show ζ shows a question mark.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except ModuleNotFoundError as error:
+        if (error.name or "fgsgd_jax").partition(".")[0] == "fgsgd_jax":
+            raise
+        _fail(f'the package {error.name!r} is missing: pip install "fgsgd-jax[experiments]"', USAGE_ERROR)
+    except KeyboardInterrupt:
+        _fail("interrupted; `fgsgd train --run-dir DIR --resume` goes on from the last checkpoint", INTERRUPTED)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    # Imported here, since all that is heavy or optional is behind these, and `main` says what is missing.
+    import tyro
+    from rich.console import Console
+
+    from ._commands import COMMANDS
+    from ._errors import UsageError
+
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="fgsgd",
+            description="Train networks whose weights stay on their manifolds.",
+            args=arguments,
+        )
+        if (defaults := command.defaults()) is not None:
+            name, *options = arguments
+            command = tyro.cli(type(command), prog=f"fgsgd {name}", default=defaults, args=options)
+        command.run(Console())
+    except UsageError as error:
+        _fail(str(error), USAGE_ERROR)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("fgsgd: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""The subcommands of `fgsgd`, each in a file of its own."""
+
+from ._command import Command as Command
+from ._demo import Demo
+from ._train import Train
+
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "demo": Demo,
+}

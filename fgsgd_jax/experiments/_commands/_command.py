@@ -1,0 +1,15 @@
+from abc import ABC, abstractmethod
+
+from rich.console import Console
+
+
+class Command(ABC):
+    """A subcommand: a dataclass of its options, which the command line fills in, and what it does with them."""
+
+    def defaults(self) -> "Command | None":
+        """What options left out stand for, if that depends on the options given; the line is then read again."""
+        return None
+
+    @abstractmethod
+    def run(self, console: Console) -> None:
+        """Do the work. Raises `UsageError` for what the user can mend."""

@@ -1,0 +1,55 @@
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from .._config import TrainConfig
+from .._errors import UsageError
+from .._run import run, stored_config
+from ._command import Command
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Command):
+    """Train a network on images: log, checkpoints and a picture go into the run directory."""
+
+    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=TrainConfig)
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where the run is kept; runs/DATA-MODEL-SCHEME-SEED where left out."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the last checkpoint of the run directory. Options left out are those that the run began with."""
+    checkpoint_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS")] = None
+    """Steps between checkpoints; an epoch where left out."""
+
+    def defaults(self) -> "Train | None":
+        """What options left out stand for, where that depends on those given: a resumed run keeps its own."""
+        if not self.resume:
+            return None
+        folder = self.folder()
+        return Train(config=stored_config(folder), run_dir=folder)
+
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        if self.run_dir is not None:
+            return self.run_dir
+        config = self.config
+        data = Path(config.data).expanduser().name
+        parts = (data, config.model, config.scheme, f"seed{config.seed}")
+        return Path("runs") / re.sub(r"[^\w.+-]+", "-", "-".join(parts))
+
+    def run(self, console: Console) -> None:
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise UsageError(f"--checkpoint-every {self.checkpoint_every}: give a whole number of 1 or more")
+        result = run(
+            self.config,
+            self.folder(),
+            resume=self.resume,
+            checkpoint_every=self.checkpoint_every,
+            console=console,
+        )
+        test = result.records[-1]["test"]
+        figures = f"test error {test['error']:.2f} %, loss {test['loss']:.4f}"
+        console.print(f"{figures}; picture: {result.picture}", highlight=False, soft_wrap=True)

@@ -1,0 +1,100 @@
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ._augment import Augmentation
+from ._errors import UsageError
+from ._schedules import ScheduleName
+from ._schemes import Retraction
+
+Gamma = Literal["glorot"] | float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training's result depends on. Two runs of one config give the same weights."""
+
+    data: str = "digits"
+    """`digits`, a local folder of images, or a name on the Hugging Face hub (owner/set or owner/set:config)."""
+    model: str = "resnet8"
+    """resnet8|14|20|32|44|56|110, resnet50|101, each with `se` before it; linen-resnet8|…|110."""
+    scheme: str = "pio:sp+ob+st"
+    """euc (the baseline), st, sp, ob, each-st, each-sp, each-ob, poms-st, or pi:, po:, pio: with any of
+    sp, ob, st, euc joined by +."""
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    """L2, on Euclidean weights only: it has no effect on the manifolds."""
+    schedule: ScheduleName = "cosine"
+    seed: int = 0
+    """Of the weights, the plan, the images' order and the augmentation."""
+    gamma: Gamma = "glorot"
+    """The weights' scale: `glorot` (eq. 2 with Glorot's fan-out) or a number."""
+    retraction: Retraction = "polar"
+    """How Stiefel weights return to their manifold."""
+    rho: float = 1.0
+    """ρ of eq. 5."""
+    curvature: float = 0.0
+    """c of eq. 5, a bound on the curvature."""
+    augment: Augmentation = "auto"
+    """auto: random crops, and flips too unless the images are digits."""
+    limit_train: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Train on N images, class-balanced, the same ones whatever the seed."""
+    limit_test: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Test on N images, chosen likewise."""
+    validation: float = 0.0
+    """Test on this share of the training images, held out, instead of on the test images."""
+    image_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Cut and scale every image to N×N."""
+    image_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The column of images; found by its type where left out."""
+    label_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The column of labels; found by its type where left out."""
+
+    def check(self) -> "TrainConfig":
+        """Refuse values outside their range, naming the option."""
+        for name in ("epochs", "batch_size", "limit_train", "limit_test", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{option(name)} {value}: give a whole number of 1 or more")
+        for name in ("lr", "rho"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"{option(name)} {getattr(self, name)}: give a number above 0")
+        for name in ("weight_decay", "curvature"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{option(name)} {getattr(self, name)}: give a number of 0 or more")
+        for name in ("momentum", "validation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{option(name)} {getattr(self, name)}: give a number from 0 up to, but not, 1")
+        if not isinstance(self.gamma, str) and not 0 < self.gamma < float("inf"):
+            raise UsageError(f"--gamma {self.gamma}: give `glorot` or a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed}: give a whole number from 0 to 2³²−1")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `to_dict`; options that the file does not know yet take their defaults."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if strange := sorted(set(values) - known):
+            raise UsageError(f"this run was made by another version of fgsgd: it has the option {option(strange[0])}")
+        return cls(**values)
+
+    def difference(self, other: "TrainConfig") -> str | None:
+        """The first option in which two configs differ, in words."""
+        for field in dataclasses.fields(self):
+            mine, others = getattr(self, field.name), getattr(other, field.name)
+            if mine != others:
+                return f"{option(field.name)} is {mine}, was {others}"
+        return None
+
+
+def option(name: str) -> str:
+    """A field's name as the command line spells it."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,66 @@
+import dataclasses
+import zlib
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from .._errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images with their labels, in memory."""
+
+    images: UInt8[np.ndarray, "n height width channels"]
+    labels: Int32[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> "Split":
+        """The images at these places, in this order."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """A classification set: what is trained on, what is tested on, and the classes' names."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[-1]
+
+    def fingerprint(self) -> dict[str, object]:
+        """What a run writes down about its data, so that it is never resumed on other data unnoticed."""
+        return {
+            "train": _describe(self.train),
+            "test": _describe(self.test),
+            "classes": list(self.classes),
+        }
+
+
+def check(data: ImageSet) -> ImageSet:
+    """Refuse a set that cannot be trained on, however it was loaded."""
+    for name, split in (("training", data.train), ("test", data.test)):
+        if len(split) == 0:
+            raise UsageError(f"data {data.name!r} has no {name} images; give more images")
+    if data.train.images.shape[1:] != data.test.images.shape[1:]:
+        raise UsageError(
+            f"data {data.name!r} has training images of height × width × channels {data.train.images.shape[1:]} "
+            f"and test images of {data.test.images.shape[1:]}; --image-size N brings them to one size"
+        )
+    if len(np.unique(data.train.labels)) < 2:
+        raise UsageError(f"data {data.name!r} has training images of one class only; a classifier needs two or more")
+    return data
+
+
+def _describe(split: Split) -> dict[str, object]:
+    checksum = 0
+    for array in (split.images, split.labels):
+        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+    return {"shape": list(split.images.shape), "crc32": checksum}

@@ -1,0 +1,93 @@
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ._state import Figures, Glance
+from ._trainer import Trainer
+
+SECONDS_BETWEEN_GLANCES = 0.25
+
+
+class ProgressDisplay:
+    """A live bar in a terminal, and a line for the epochs in any case.
+
+    The bar shows figures of the refresh before: they have been computed by then, so that nobody waits for them.
+    """
+
+    def __init__(self, console: Console, trainer: Trainer, line_every: int = 1):
+        """Prepare the display.
+
+        Args:
+            console: where to.
+            trainer: whose training is shown.
+            line_every: print every so manieth epoch, and the last.
+        """
+        self._console, self._trainer, self._line_every = console, trainer, line_every
+        self._epochs = trainer.config.epochs
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=8),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task(self._describe(0), total=trainer.total_steps, figures="compiling …")
+        self._pending: Glance | None = None
+        self._shown = 0.0
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, glance: Callable[[], Glance]) -> None:
+        """Show how things stood at the refresh before, if it is time to show anything."""
+        now = time.monotonic()
+        if self._bar.disable or now - self._shown < SECONDS_BETWEEN_GLANCES:
+            return
+        pending, self._pending = self._pending, glance()
+        if pending is not None:
+            self._show(int(pending.step), self._trainer.figures(pending))
+        self._shown = now
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Print an epoch's line."""
+        number = record["epoch"]
+        if number % self._line_every == 0 or number == self._epochs:
+            self._console.print(epoch_line(record, self._epochs), highlight=False, soft_wrap=True)
+
+    def _show(self, step: int, figures: Figures) -> None:
+        text = f"loss {figures.loss:.3f} acc {100 - figures.error:.1f}%" + _constraints(figures._asdict())
+        self._bar.update(self._task, completed=step, figures=text, description=self._describe(step))
+
+    def _describe(self, step: int) -> str:
+        epoch = min(step // self._trainer.steps_per_epoch + 1, self._epochs)
+        return f"epoch {_counted(epoch, self._epochs)}"
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """An epoch in one line of at most 80 characters; loss and error are train/test."""
+    train, test = record["train"], record["test"]
+    return (
+        f"epoch {_counted(record['epoch'], epochs)}  loss {train['loss']:.3f}/{test['loss']:.3f}  "
+        f"error {train['error']:.2f}/{test['error']:.2f}%"
+        f"{_constraints(record)}"
+    )
+
+
+def _constraints(figures: Mapping[str, Any]) -> str:
+    if figures.get("violation") is None:
+        return ""
+    violation, share, ratio = (figures[name] for name in ("violation", "zeta_share", "step_ratio"))
+    return f" viol {violation:.0e} ζ>1 {100 * share:.0f}% |v|/s {ratio:.2g}"
+
+
+def _counted(number: int, total: int) -> str:
+    return f"{number:{len(str(total))}}/{total}"

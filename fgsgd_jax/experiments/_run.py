@@ -1,0 +1,221 @@
+"""One training in a folder of its own: log, checkpoints, picture. `train` and `demo` are made of it."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+import fgsgd_jax as fg
+
+from ._checkpoints import Checkpoints
+from ._config import TrainConfig
+from ._data import ImageSet, load
+from ._errors import UsageError
+from ._fit import fit
+from ._log import MetricsLog, Record
+from ._picture import draw
+from ._progress import ProgressDisplay
+from ._state import Glance, TrainState
+from ._trainer import Trainer
+from ._versions import versions
+
+LOG, CHECKPOINTS, PICTURE = "metrics.jsonl", "checkpoints", "picture.png"
+
+
+class Result(NamedTuple):
+    """A finished run."""
+
+    folder: Path
+    records: list[Record]
+    state: TrainState
+
+    @property
+    def picture(self) -> Path:
+        return self.folder / PICTURE
+
+
+def run(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    trainer: Trainer | None = None,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    console: Console | None = None,
+    line_every: int = 1,
+) -> Result:
+    """Train to the end in a folder of its own.
+
+    Args:
+        config: the training's options.
+        folder: where the log, the checkpoints and the picture go.
+        trainer: of these options, to train again without compiling again; made where left out.
+        resume: go on from the folder's last checkpoint.
+        checkpoint_every: steps between checkpoints; an epoch where left out.
+        console: where to show progress.
+        line_every: print every so manieth epoch.
+
+    Returns:
+        The log's lines and the last state.
+
+    Raises:
+        UsageError: the options are wrong; the folder holds another run, or none to resume; the training diverged.
+    """
+    config.check()
+    console = console or Console()
+    # First what is cheap to find wrong.
+    if resume:
+        refuse_other_options(folder, config)
+    else:
+        refuse_taken(folder)
+    trainer = trainer or Trainer(config, load_for(config))
+    if difference := config.difference(dataclasses.replace(trainer.config, seed=config.seed)):
+        raise ValueError(f"the trainer has other options than the run: {difference}")
+    log = MetricsLog(folder / LOG)
+    if resume:
+        _refuse_other_data(log, trainer.data)
+    plan, state = trainer.plan_of(config.seed), trainer.start(config.seed)
+    if not resume:
+        header = {"config": config.to_dict(), "data": trainer.data.fingerprint(), "versions": versions()}
+        _create(log, header)
+
+    records: list[Record] = []
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    try:
+        if resume:
+            state = _restored(checkpoints, config, plan, state)
+            records = _records_until(int(state.step), log, trainer)
+            console.print(f"resuming after step {int(state.step)} of {trainer.total_steps}", highlight=False)
+        with ProgressDisplay(console, trainer, line_every) as display:
+            observer = _Keeper(log, records, checkpoints, _about(config, plan), display)
+            state = fit(trainer, state, observer, checkpoint_every)
+    finally:
+        checkpoints.close()
+    draw({f"{config.model}, {config.scheme}": records}, folder / PICTURE)
+    return Result(folder, records, state)
+
+
+def load_for(config: TrainConfig) -> ImageSet:
+    """The images that a training's options ask for."""
+    return load(
+        config.data,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        image_size=config.image_size,
+        limit_train=config.limit_train,
+        limit_test=config.limit_test,
+        validation=config.validation,
+    )
+
+
+def refuse_taken(folder: Path) -> None:
+    """Never write over anything: a folder for a new run is empty, or not there yet."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"run directory {folder} is a file; give another --run-dir")
+    # A run that was killed while it created its log left no more than the log's unfinished copy.
+    if folder.exists() and any(entry.suffix != ".tmp" for entry in folder.iterdir()):
+        raise UsageError(
+            f"run directory {folder} already holds something: go on with that run by --resume, "
+            "or give another --run-dir"
+        )
+
+
+def stored_config(folder: Path) -> TrainConfig:
+    """The options of the run in this folder."""
+    path = folder / LOG
+    if not path.is_file():
+        raise UsageError(f"run directory {folder} holds no run to resume; leave out --resume, or give its --run-dir")
+    header, _ = MetricsLog(path).read()
+    if not isinstance(header.get("config"), dict):
+        raise UsageError(f"{path} does not begin with the options of a run")
+    return TrainConfig.from_dict(header["config"])
+
+
+def refuse_other_options(folder: Path, config: TrainConfig) -> None:
+    """A run goes on with the options that it began with."""
+    if difference := config.difference(stored_config(folder)):
+        raise UsageError(f"the run in {folder} had other options: {difference}; give another --run-dir for a new run")
+
+
+class _Keeper:
+    """The observer that writes everything down."""
+
+    def __init__(
+        self,
+        log: MetricsLog,
+        records: list[Record],
+        checkpoints: Checkpoints,
+        about: dict[str, Any],
+        display: ProgressDisplay,
+    ):
+        self._log, self._records, self._checkpoints = log, records, checkpoints
+        self._about, self._display = about, display
+
+    def progress(self, glance: Callable[[], Glance]) -> None:
+        self._display.update(glance)
+
+    def epoch(self, record: Record) -> None:
+        self._log.append(record)
+        self._records.append(record)
+        self._display.epoch(record)
+        if not math.isfinite(record["train"]["loss"]):
+            raise UsageError(
+                f"the loss is no longer a number in epoch {record['epoch']}: the training diverged; use a smaller --lr"
+            )
+
+    def checkpoint(self, step: int, state: TrainState) -> None:
+        self._checkpoints.save(step, state, self._about)
+
+
+def _refuse_other_data(log: MetricsLog, data: ImageSet) -> None:
+    header, _ = log.read()
+    if header.get("data") != data.fingerprint():
+        raise UsageError(
+            f"data {data.name!r} is not what it was when the run in {log.path.parent} began; give another --run-dir"
+        )
+
+
+def _records_until(step: int, log: MetricsLog, trainer: Trainer) -> list[Record]:
+    records = log.truncate(step)
+    # Every line is on the disk before the checkpoint that follows it.
+    if len(records) != step // trainer.steps_per_epoch:
+        raise UsageError(
+            f"{log.path} has {len(records)} epochs and the checkpoint {step // trainer.steps_per_epoch}: lines are "
+            "missing or damaged; put them back, or give another --run-dir"
+        )
+    return records
+
+
+def _create(log: MetricsLog, header: Record) -> None:
+    folder = log.path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log.create(header)
+    except OSError as error:
+        raise UsageError(f"run directory {folder} cannot be written: {error.strerror or error}") from error
+
+
+def _about(config: TrainConfig, plan: fg.Plan | None) -> dict[str, Any]:
+    return {"config": config.to_dict(), "plan": None if plan is None else plan.to_json()}
+
+
+def _restored(checkpoints: Checkpoints, config: TrainConfig, plan: fg.Plan | None, start: TrainState) -> TrainState:
+    """The newest saved state; the first one where the run did not come to its first checkpoint."""
+    step = checkpoints.latest()
+    if step is None:
+        return start
+    about = checkpoints.about(step)
+    if difference := config.difference(TrainConfig.from_dict(about["config"])):
+        raise UsageError(f"checkpoint {step} belongs to a run of other options: {difference}")
+    if difference := _plan_difference(plan, about["plan"]):
+        raise UsageError(f"checkpoint {step} belongs to another plan: {difference}; it cannot be resumed with this one")
+    return checkpoints.restore(step, start)
+
+
+def _plan_difference(plan: fg.Plan | None, saved: str | None) -> str | None:
+    if plan is None or saved is None:
+        return None if plan is None and saved is None else "one of them constrains nothing"
+    return plan.difference(fg.Plan.from_json(saved))

@@ -1,0 +1,81 @@
+from collections.abc import Callable
+from typing import Any, Literal
+
+import fgsgd_jax as fg
+
+from ._errors import UsageError, unknown
+
+Retraction = Literal["polar", "qr", "cayley", "exp"]
+Rules = list[tuple[Any, Any]]
+
+MANIFOLDS = ("sp", "ob", "st", "euc")
+CONSTRAINED = ("sp", "ob", "st")
+GROUPINGS = {"pi": "PI", "po": "PO", "pio": "PIO"}
+BASELINE = "euc"
+
+# Every name that is not a grouping over a list of manifolds.
+NAMES = (BASELINE, *CONSTRAINED, *(f"each-{manifold}" for manifold in CONSTRAINED), "poms-st")
+EXAMPLES = tuple(f"{grouping}:sp+ob+st" for grouping in GROUPINGS)
+
+
+def rules(name: str, retraction: Retraction = "polar") -> Rules | None:
+    """A scheme's name, turned into the rules of a plan.
+
+    Convolutions wider than 1×1 live under the scheme. Everything else (1×1 convolutions, Dense layers, biases, batch
+    normalization) stays Euclidean: its slices are single numbers, which no manifold leaves room to move.
+
+    Args:
+        name: `euc` (the unconstrained baseline); `sp`, `ob`, `st` (a layer is one group on one manifold); `each-sp`,
+            `each-ob`, `each-st` (every slice a group of its own); `poms-st` (grouped by PIO in three, all Stiefel);
+            `pi:`, `po:` or `pio:` before any of `sp`, `ob`, `st`, `euc` joined by `+`.
+        retraction: how Stiefel points return to their manifold.
+
+    Returns:
+        The rules, or `None` for the baseline.
+
+    Raises:
+        UsageError: no scheme has this name.
+    """
+    if name == BASELINE:
+        return None
+    scheme = _scheme(name, retraction)
+    return [(_is_spatial_kernel, scheme), ("*", None)]
+
+
+def _scheme(name: str, retraction: Retraction) -> Any:
+    make = _manifold_maker(retraction)
+    if name in CONSTRAINED:
+        return fg.Whole(make(name))
+    if name.startswith("each-") and name in NAMES:
+        return fg.Each(make(name.removeprefix("each-")))
+    if name == "poms-st":
+        return fg.PIO([make("st")] * 3)
+    grouping, colon, members = name.partition(":")
+    if not colon or grouping not in GROUPINGS:
+        raise unknown("scheme", name, [*NAMES, *EXAMPLES])
+    manifolds = members.split("+")
+    for manifold in manifolds:
+        if manifold not in MANIFOLDS:
+            raise unknown(f"manifold in the scheme {name!r}:", manifold, MANIFOLDS)
+    if len(set(manifolds)) < len(manifolds):
+        raise UsageError(f"scheme {name!r} names a manifold twice; name each of {', '.join(MANIFOLDS)} at most once")
+    return getattr(fg, GROUPINGS[grouping])([make(manifold) for manifold in manifolds])
+
+
+def _manifold_maker(retraction: Retraction) -> Callable[[str], Any]:
+    def make(name: str) -> Any:
+        match name:
+            case "sp":
+                return fg.Sphere()
+            case "ob":
+                return fg.Oblique()
+            case "st":
+                return fg.Stiefel(retraction=retraction)
+            case _:
+                return fg.Euclidean()
+
+    return make
+
+
+def _is_spatial_kernel(path: str, leaf: Any) -> bool:
+    return leaf.ndim == 4 and leaf.shape[0] * leaf.shape[1] > 1

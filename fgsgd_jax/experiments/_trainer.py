@@ -1,0 +1,249 @@
+"""The training itself: pure functions of one state, compiled once, whatever calls them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+import fgsgd_jax as fg
+
+from ._augment import Augmentation, augment, resolve
+from ._config import TrainConfig
+from ._data import ImageSet
+from ._device_data import DeviceSplit, normalize, to_device
+from ._errors import UsageError
+from ._models import build
+from ._optimizer import make_optimizer, make_plan
+from ._schedules import schedule
+from ._state import Figures, Glance, Totals, TrainState, Zeta
+
+# What the run's seed is folded with, so that each draws from a stream of its own.
+WEIGHTS, MANIFOLDS, ORDER, AUGMENTATION = range(4)
+
+# Steps that one call runs on an accelerator: enough to hide the call, few enough for a lively progress bar.
+STEPS_PER_CALL = 25
+
+
+class Trainer:
+    """One network, one set of data and one optimizer, compiled.
+
+    States of different seeds, whose plans differ, run through the same compiled program.
+    """
+
+    def __init__(self, config: TrainConfig, data: ImageSet):
+        """Build the network and the optimizer; each function is compiled when it is first called.
+
+        Args:
+            config: the training's options.
+            data: what `load` gave for them.
+
+        Raises:
+            UsageError: the options do not fit the data or the network.
+        """
+        if len(data.train) < config.batch_size:
+            raise UsageError(
+                f"--batch-size {config.batch_size} is more than the {len(data.train)} training images of "
+                f"{data.name!r}; use --batch-size {len(data.train)} or less"
+            )
+        self.config = config
+        self.data = data
+        # The last, smaller batch of an epoch is left out: the next epoch's order has its images elsewhere.
+        self.steps_per_epoch = len(data.train) // config.batch_size
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.train_data, self.test_data = to_device(data)
+
+        self._model = build(config.model, len(data.classes), data.channels)
+        self._shapes, _ = jax.eval_shape(self._model.init, jax.random.key(0))
+        self._augmentation: Augmentation = resolve(config.augment, data.name)
+        self._rate = schedule(config.schedule, config.lr, self.total_steps)
+        self._plans: dict[int, fg.Plan | None] = {}
+        plan = self.plan_of(config.seed)
+        self._tx = make_optimizer(config, self._rate, plan)
+        # The number of each parameter's groups, which is the same for every seed.
+        collections = {} if plan is None else plan.collections
+        self._groups = {path: np.unique(collection.group).size for path, collection in collections.items()}
+
+        # A convolution inside a loop runs 14 times slower on CPU (measured): there, one step a call.
+        self._loops = jax.default_backend() != "cpu"
+        self.steps_per_call = STEPS_PER_CALL if self._loops else 1
+        # Drawing weights is slow to compile and quick to run.
+        hasty = None if self._loops else {"xla_backend_optimization_level": 1}
+        self._init = jax.jit(self._model.init, compiler_options=hasty)
+        self._order = jax.jit(self._epoch_order, compiler_options=hasty)
+        self._step = jax.jit(self._one_step, donate_argnums=0)
+        self._steps = jax.jit(self._many_steps, donate_argnums=0)
+        self._norms = jax.jit(_norms)
+        # Copies, since the step that follows gives the buffers away.
+        self._copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        self._test_batch = jax.jit(self._count_errors)
+
+    def plan_of(self, seed: int) -> fg.Plan | None:
+        """The plan of this seed; `None` for the baseline."""
+        if seed not in self._plans:
+            self._plans[seed] = make_plan(self.config, self._shapes, seed)
+        return self._plans[seed]
+
+    def start(self, seed: int) -> TrainState:
+        """The state before the first step."""
+        key, plan = jax.random.key(seed), self.plan_of(seed)
+        params, stats = self._init(jax.random.fold_in(key, WEIGHTS))
+        if plan is not None:
+            params = fg.initialize(jax.random.fold_in(key, MANIFOLDS), params, plan)
+        opt_state = make_optimizer(self.config, self._rate, plan).init(params)
+        zeta = {path: Zeta(jnp.float32(0), jnp.float32(0), jnp.float32(0)) for path in self._groups}
+        totals = Totals(jnp.int32(0), jnp.int32(0), jnp.float32(0), zeta)
+        state = TrainState(jnp.int32(0), jnp.uint32(seed), params, stats, opt_state, totals)
+        # Copied, since steps give their state's buffers away and the optimizer's may be shared with the plan. Placed,
+        # since restored states are: to JAX, an array that is not would be reason to compile again.
+        return jax.device_put(self._copied(state), jax.local_devices()[0])
+
+    def order(self, state: TrainState) -> Int32[Array, " n"]:
+        """The order of the training images in the epoch that the state is in."""
+        return self._order(state.seed, state.step)
+
+    def advance(self, state: TrainState, order: Int32[Array, " n"], count: int) -> TrainState:
+        """So many steps on, all within one epoch. The state's buffers are given away."""
+        if self._loops:
+            return self._steps(state, order, self.train_data, count)
+        for _ in range(count):
+            state = self._step(state, order, self.train_data)
+        return state
+
+    def mark(self, state: TrainState) -> Array:
+        """Something small to wait for, that is ready when the state is, and outlives it."""
+        return self._copied(state.step)
+
+    def glance(self, state: TrainState, plan: fg.Plan | None) -> Glance:
+        """What there is to report of a state, without waiting for the device."""
+        step, totals = self._copied((state.step, state.totals))
+        if plan is None:
+            return Glance(step, totals, {})
+        return Glance(step, totals, fg.violation(state.params, plan, fg.radii(state.opt_state)))
+
+    def figures(self, glance: Glance) -> Figures:
+        """The epoch so far in a few numbers; waits until they are there."""
+        glance = jax.device_get(glance)
+        images = glance.totals.images
+        loss, error = float(glance.totals.loss / images), float(100 * glance.totals.wrong / images)
+        if not self._groups:
+            return Figures(loss, error)
+        zeta, steps = glance.totals.zeta, images / self.config.batch_size
+        touched = sum(zeta[path].share * groups for path, groups in self._groups.items())
+        return Figures(
+            loss,
+            error,
+            # Euclidean members have no violation; a scheme may have no others.
+            violation=float(max(glance.violation.values(), default=0)),
+            zeta_share=float(touched / (steps * sum(self._groups.values()))),
+            grad_norm=float(max(each.grad_norm for each in zeta.values())),
+            step_ratio=float(max(each.step_ratio for each in zeta.values())),
+        )
+
+    def evaluate(self, state: TrainState) -> tuple[float, float]:
+        """Loss and error (in percent) on the test images, each counted exactly once."""
+        count = len(self.test_data.labels)
+        batches = [
+            self._test_batch(state.params, state.stats, self.test_data, first)
+            for first in range(0, count, self.config.batch_size)
+        ]
+        losses, wrong = zip(*jax.device_get(batches), strict=True)
+        return float(np.sum(losses, dtype=np.float64)) / count, 100 * int(np.sum(wrong)) / count
+
+    def report(self, state: TrainState, plan: fg.Plan | None) -> dict[str, Any]:
+        """The log's line for the epoch that the state has come to the end of. Errors are in percent."""
+        glance = jax.device_get(self.glance(state, plan))
+        figures = self.figures(glance)._asdict()
+        test_loss, test_error = self.evaluate(state)
+        step = int(glance.step)
+        record = {
+            "epoch": step // self.steps_per_epoch,
+            "step": step,
+            "lr": float(np.asarray(self._rate(step - 1))),
+            "train": {"loss": figures.pop("loss"), "error": figures.pop("error")},
+            "test": {"loss": test_loss, "error": test_error},
+            "norms": {path: float(norm) for path, norm in jax.device_get(self._norms(state.params)).items()},
+        }
+        if plan is None:
+            return record
+        by_parameter = {
+            path: {
+                "violation": float(glance.violation.get(path, 0)),
+                "zeta_share": float(zeta.share / self.steps_per_epoch),
+                "grad_norm": float(zeta.grad_norm),
+                "step_ratio": float(zeta.step_ratio),
+            }
+            for path, zeta in glance.totals.zeta.items()
+        }
+        return record | figures | {"by_parameter": by_parameter}
+
+    # What is compiled.
+
+    def _epoch_order(self, seed: Array, step: Array) -> Int32[Array, " n"]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ORDER), step // self.steps_per_epoch)
+        return jax.random.permutation(key, len(self.train_data.labels)).astype(jnp.int32)
+
+    def _one_step(self, state: TrainState, order: Array, data: DeviceSplit) -> TrainState:
+        batch = self.config.batch_size
+        place = state.step % self.steps_per_epoch
+        rows = lax.dynamic_slice(order, (place * batch,), (batch,))
+        labels = data.labels[rows]
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), AUGMENTATION), state.step)
+        images = normalize(augment(key, data.images[rows], self._augmentation), data)
+
+        def objective(params):
+            logits, stats = self._model.apply(params, state.stats, images, True)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), (logits, stats)
+
+        (loss, (logits, stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+
+        before = jax.tree.map(lambda total: jnp.where(place == 0, jnp.zeros_like(total), total), state.totals)
+        totals = Totals(
+            images=before.images + batch,
+            wrong=before.wrong + jnp.sum(_missed(logits, labels), dtype=jnp.int32),
+            loss=before.loss + loss * batch,
+            zeta=self._add_zeta(before.zeta, opt_state),
+        )
+        return TrainState(state.step + 1, state.seed, params, stats, opt_state, totals)
+
+    def _many_steps(self, state: TrainState, order: Array, data: DeviceSplit, count: Array) -> TrainState:
+        # The count is traced: one program for every number of steps, and each step the same in all of them.
+        return lax.fori_loop(0, count, lambda _, state: self._one_step(state, order, data), state)
+
+    def _count_errors(self, params: Any, stats: Any, data: DeviceSplit, first: Array) -> tuple[Array, Array]:
+        rows = first + jnp.arange(self.config.batch_size)
+        real = rows < len(data.labels)
+        rows = jnp.minimum(rows, len(data.labels) - 1)
+        labels = data.labels[rows]
+        logits, _ = self._model.apply(params, stats, normalize(data.images[rows], data), False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.sum(losses, where=real), jnp.sum(_missed(logits, labels), where=real, dtype=jnp.int32)
+
+    def _add_zeta(self, totals: dict[str, Zeta], opt_state: Any) -> dict[str, Zeta]:
+        if not self._groups:
+            return {}
+        return {
+            path: Zeta(
+                totals[path].share + step.zeta_share,
+                jnp.maximum(totals[path].grad_norm, step.grad_norm),
+                jnp.maximum(totals[path].step_ratio, step.step_ratio),
+            )
+            for path, step in fg.metrics(opt_state).items()
+        }
+
+
+def _missed(logits: Float[Array, "n classes"], labels: Int32[Array, " n"]) -> Bool[Array, " n"]:
+    return lax.argmax(logits, 1, jnp.int32) != labels
+
+
+def _norms(params: Any) -> dict[str, Array]:
+    """Every weight's Frobenius norm, by its "/"-joined path; biases and batch normalization's scales are no weights."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    weights = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves if leaf.ndim > 1}
+    return {path: jnp.sqrt(jnp.sum(jnp.square(weight))) for path, weight in weights.items()}

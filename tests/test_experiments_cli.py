@@ -1,0 +1,235 @@
+"""The command line: what it prints, what it leaves behind and how it ends."""
+
+import builtins
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+import orbax.checkpoint as ocp
+from rich.console import Console
+
+from fgsgd_jax.experiments import TrainConfig, Trainer, _run, load
+from fgsgd_jax.experiments.__main__ import main
+from fgsgd_jax.experiments._log import MetricsLog
+from fgsgd_jax.experiments._progress import ProgressDisplay, epoch_line
+from fgsgd_jax.experiments._state import Glance, Totals, Zeta
+
+TINY = ["--limit-train", "64", "--limit-test", "32", "--batch-size", "32", "--epochs", "1", "--scheme", "euc"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """One trainer for all command lines of the same options: what is compiled is not what is tested here."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def compile_once(monkeypatch, compiled):
+    def trainer(config, data):
+        if config not in compiled:
+            compiled[config] = Trainer(config, data)
+        return compiled[config]
+
+    monkeypatch.setattr(_run, "Trainer", trainer)
+
+
+def refused(capsys, *arguments):
+    """The one line on standard error with which a command ends."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "Traceback" not in out + err
+    assert err.count("\n") == 1
+    assert err.startswith("fgsgd: ")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "./nowhere"], "data folder './nowhere' does not exist"),
+        (["--model", "resnet21"], "unknown model 'resnet21': did you mean 'resnet"),
+        (["--scheme", "pio:sp+stiefel"], "unknown manifold in the scheme 'pio:sp+stiefel'"),
+        (["--scheme", "fgsgd"], "unknown scheme 'fgsgd'"),
+        (["--batch-size", "2000"], "--batch-size 2000 is more than the 1000 training images"),
+        (["--lr", "-1"], "--lr -1.0: give a number above 0"),
+        (["--checkpoint-every", "0"], "--checkpoint-every 0: give a whole number"),
+        (["--resume"], "holds no run to resume"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path):
+    assert said in refused(capsys, "train", *arguments)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_a_plan_that_cannot_be_made_names_the_path(capsys, monkeypatch):
+    def plan(*_, **__):
+        raise ValueError("stage_0/block_0/conv_0/kernel: no such luck")
+
+    monkeypatch.setattr("fgsgd_jax.plan", plan)
+    said = refused(capsys, "train", "--model", "resnet14")
+    assert "scheme 'pio:sp+ob+st' does not fit model 'resnet14': stage_0/block_0/conv_0/kernel" in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["tarin"], ["train", "--epochs", "many"], ["train", "--no-such-option"]])
+def test_a_line_that_cannot_be_read_ends_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert not ended.value.code
+    assert {"train", "demo"} <= set(capsys.readouterr().out.split())
+
+
+def test_train_prints_lines_resumes_and_never_overwrites(capsys, tmp_path):
+    main(["train", *TINY])
+    folder = tmp_path / "runs" / "digits-resnet8-euc-seed0"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("epoch 1/1  loss ")
+    assert lines[-1].endswith("picture: runs/digits-resnet8-euc-seed0/picture.png")
+    assert all(len(line) <= 80 for line in lines[:-1])
+    assert (folder / "picture.png").exists()
+    log = (folder / "metrics.jsonl").read_bytes()
+
+    assert "already holds something" in refused(capsys, "train", *TINY)
+    # Options left out are the run's own; the run is over, and stays as it is.
+    main(["train", "--resume", "--run-dir", str(folder)])
+    assert "resuming after step 2 of 2" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == log
+    said = refused(capsys, "train", "--resume", "--run-dir", str(folder), "--momentum", "0.8")
+    assert "--momentum is 0.8, was 0.9" in said
+    assert (folder / "metrics.jsonl").read_bytes() == log
+
+
+def test_gamma_is_a_word_or_a_number():
+    for text, value in (("glorot", "glorot"), ("0.5", 0.5)):
+        import tyro
+
+        assert tyro.cli(TrainConfig, args=["--gamma", text]).gamma == value
+
+
+def test_a_missing_package_is_named_with_its_remedy(capsys, monkeypatch):
+    imported = builtins.__import__
+
+    def without_tyro(name, *arguments, **keywords):
+        if name == "tyro":
+            raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
+        return imported(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without_tyro)
+    assert "'tyro' is missing: pip install \"fgsgd-jax[experiments]\"" in refused(capsys, "train")
+
+
+def test_an_interruption_names_its_remedy(capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_run, "load", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *TINY])
+    assert ended.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    """So that `fgsgd` can start, and say what is missing, without the extra."""
+    program = "import sys, fgsgd_jax.experiments.__main__; print([n for n in sys.argv[1:] if n in sys.modules])"
+    heavy = ["flax", "datasets", "orbax", "matplotlib", "sklearn", "tyro", "rich"]
+    found = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_demonstration_prints_a_table_and_draws_a_picture(capsys, tmp_path):
+    main(["demo", "--epochs", "2"])
+    main(["demo", "--epochs", "1"])
+    out = capsys.readouterr().out
+    assert "picture: runs/demo/picture.png" in out
+    assert "picture: runs/demo-2/picture.png" in out
+    for heading in ("test error", "test loss", "violation", "step", "Euclidean SGD", "FG-SGD"):
+        assert heading in out
+    _, records = MetricsLog(tmp_path / "runs/demo/pio/metrics.jsonl").read()
+    assert records[-1]["violation"] < 1e-6
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_bit_for_bit(tmp_path):
+    """`kill -9` after a checkpoint, in separate processes: the same final state and log as an undisturbed one."""
+    command = [sys.executable, "-m", "fgsgd_jax.experiments", "train", "--limit-train", "128", "--limit-test", "32"]
+    command += ["--batch-size", "16", "--epochs", "4", "--checkpoint-every", "5", "--run-dir"]
+    subprocess.run([*command, "straight"], check=True, capture_output=True)
+
+    killed = subprocess.Popen([*command, "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # The log appears at the end of an epoch and the checkpoints between: wherever this strikes must do.
+    while not list(tmp_path.glob("killed/checkpoints/[0-9]*")) and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    subprocess.run([*command, "killed", "--resume"], check=True, capture_output=True)
+
+    logs, states = [], []
+    for name in ("straight", "killed"):
+        header, records = MetricsLog(tmp_path / name / "metrics.jsonl").read()
+        logs.append([header, *({**record, "seconds": None} for record in records)])
+        saved = ocp.StandardCheckpointer().restore(tmp_path / name / "checkpoints" / "32" / "state")
+        states.append({path: np.asarray(leaf).tobytes() for path, leaf in saved.items()})
+    assert logs[0] == logs[1]
+    assert states[0] == states[1]
+
+
+# The progress bar.
+
+
+def glance(trainer, step):
+    zeta = {path: Zeta(0.5 * step, 0.3, 0.123) for path in trainer.plan_of(0).collections}
+    return Glance(step, Totals(32 * step, 16 * step, 12.5 * step, zeta), {"stem/kernel": 2.4e-7})
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_fits_a_terminal_and_lags_by_one_refresh(width, monkeypatch):
+    monkeypatch.setattr("fgsgd_jax.experiments._progress.SECONDS_BETWEEN_GLANCES", 0)
+    trainer = Trainer(TrainConfig(batch_size=32, epochs=100), load("digits", limit_train=320, limit_test=10))
+    terminal, paper = (
+        Console(width=width, force_terminal=live, color_system=None, file=io.StringIO()) for live in (True, False)
+    )
+    with ProgressDisplay(terminal, trainer) as display:
+        display.update(lambda: glance(trainer, 5))
+        display.update(lambda: glance(trainer, 6))
+        paper.print(display._bar.make_tasks_table(display._bar.tasks))
+    shown = paper.file.getvalue()
+    assert shown.count("\n") == 1
+    assert len(shown.rstrip("\n")) <= width
+    for part in ("epoch   1/100", "loss 0.391", "acc 50.0%", "viol 2e-07", "ζ>1 50%", "|v|/s 0.12"):
+        assert part in shown
+
+
+def test_an_epochs_line_has_no_constraints_where_there_are_none():
+    record = {"epoch": 3, "train": {"loss": 0.5, "error": 1.25}, "test": {"loss": 0.25, "error": 2.0}}
+    assert epoch_line(record, 10) == "epoch  3/10  loss 0.500/0.250  error 1.25/2.00%"
+    constrained = record | {"violation": 1e-7, "zeta_share": 0.25, "step_ratio": 0.5}
+    assert epoch_line(constrained, 10).endswith(" viol 1e-07 ζ>1 25% |v|/s 0.5")
+
+
+def test_lines_of_the_log_are_json_even_where_figures_are_not_numbers(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.create({"config": {}})
+    log.append({"step": 1, "train": {"loss": float("inf")}, "by": [float("nan")]})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["by"] == [None]
