@@ -18,10 +18,10 @@ demo: $(VENV)/.ready  ## the Euclidean baseline and FG-SGD on digits, under thre
 	$(BIN)/fgsgd demo
 
 test: $(VENV)/.ready  ## the fast tests, under ten minutes on two cores
-	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 test-all: $(VENV)/.ready  ## every test
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

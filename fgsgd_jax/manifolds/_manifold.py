@@ -66,9 +66,9 @@ class Manifold(abc.ABC):
     def _dist(self, x: Array, y: Array) -> Array:
         return norm(self._log(x, y), axis=(-2, -1))
 
-    def _random_point(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    def _from_gaussian(self, z: Array) -> Array:
         # The Gaussian is invariant under the isometries of all our manifolds, so its nearest point is uniform.
-        return self._nearest(jax.random.normal(key, shape, dtype))
+        return self._nearest(z)
 
     def with_radius(self, radius: float | Array) -> Self:
         """The same manifold at another radius."""
@@ -141,8 +141,11 @@ class Manifold(abc.ABC):
         self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
     ) -> Float[Array, "*b n p"]:
         """Points drawn from the uniform (isometry-invariant) distribution, as an array of `shape` [..., n, p]."""
-        x = self._random_point(key, shape, compute_dtype(dtype))
-        return (self._scale(x) * x).astype(dtype)
+        return self.from_gaussian(jax.random.normal(key, shape, compute_dtype(dtype))).astype(dtype)
+
+    def from_gaussian(self, z: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Uniform points, made from standard Gaussian matrices `z`."""
+        return (self._scale(z) * self._from_gaussian(_up(z))).astype(z.dtype)
 
     def random_tangent(self, key: PRNGKeyArray, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Standard Gaussian vectors of the tangent spaces at `x`."""

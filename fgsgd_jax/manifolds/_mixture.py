@@ -52,13 +52,8 @@ class Mixture:
 
     def random_point(self, key: PRNGKeyArray, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Uniform points; Euclidean matrices stay those of `x`."""
-
-        def draw(manifold, _, x):
-            if isinstance(manifold, Euclidean):
-                return x
-            return manifold.random_point(key, x.shape, x.dtype)
-
-        return self._select(draw, x)
+        z = jax.random.normal(key, x.shape, x.dtype)
+        return self._select(lambda m, _, x: x if isinstance(m, Euclidean) else m.from_gaussian(z), x)
 
     def violation(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
         """Violation of each matrix."""

@@ -89,9 +89,9 @@ class Stiefel(Manifold):
         residual = g - jnp.broadcast_to(jnp.eye(g.shape[-1], dtype=g.dtype), g.shape)
         return jnp.max(jnp.abs(residual), axis=(-2, -1), initial=0.0)
 
-    def _random_point(self, key, shape, dtype):
-        x, back = _tall(jax.random.normal(key, shape, dtype))
-        return back(qf(x))
+    def _from_gaussian(self, z):
+        z, back = _tall(z)
+        return back(qf(z))
 
     def dim(self, shape):
         """Np - p(p+1)/2 for n ≥ p, and the same of the transpose for n < p."""

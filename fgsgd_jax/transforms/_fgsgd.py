@@ -43,8 +43,8 @@ def fgsgd(
       nesterov: whether to look ahead, as in `optax.trace`.
       rho: ρ of eq. 5.
       curvature: c of eq. 5.
-      weight_decay: L2 penalty on unconstrained leaves and those of Euclidean matrices alone, added to their gradients as
-        in `optax.add_decayed_weights` before `optax.sgd`. On a manifold of fixed norm it would do nothing.
+      weight_decay: L2 penalty on unconstrained leaves and those of Euclidean matrices alone, added to their gradients
+        as in `optax.add_decayed_weights` before `optax.sgd`. On a manifold of fixed norm it would do nothing.
       every: applied updates in an epoch, for λ; this and the remaining arguments are those of `rescale`.
       lambda_floor: smallest λ used.
       max_change: largest factor by which a radius changes at once.

@@ -24,9 +24,9 @@ def on_manifolds(
 ) -> optax.GradientTransformationExtraArgs:
     """Runs any Optax optimizer with its weights on their manifolds.
 
-    `inner` is given the gradients projected onto the tangent spaces. Its update, whatever it was made of, is
-    projected at the current point (which carries momentum buffers there), retracted, and set to the radius ℜ. Unconstrained leaves
-    get the update of `inner`. Weight decay inside `inner` does nothing on a manifold of fixed norm.
+    `inner` is given the gradients projected onto the tangent spaces. Its update, whatever it was made of, is projected
+    at the current point (which carries momentum buffers there), retracted, and set to the radius ℜ. Unconstrained
+    leaves get the update of `inner`. Weight decay inside `inner` does nothing on a manifold of fixed norm.
 
     Args:
       inner: the optimizer, learning rate included: its updates are meant to be added to the weights.
