@@ -60,7 +60,7 @@ def test_logits_and_new_statistics_keep_their_shapes(name):
     size = 224 if name.endswith("50") else 32
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
     for train in (True, False):
-        logits, new = jax.eval_shape(lambda p, s, x: model.apply(p, s, x, train), params, stats, images)  # noqa: B023
+        logits, new, _ = jax.eval_shape(lambda p, s, x: model.apply(p, s, x, train, False), params, stats, images)  # noqa: B023
         assert logits.shape == (2, 7)
         assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, stats)
 
@@ -89,8 +89,8 @@ def test_linen_and_nnx_are_the_same_network(resnet8, train):
     assert jax.tree.map(jnp.shape, shapes(linen)) == jax.tree.map(jnp.shape, (params, stats))
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1), jnp.float32)
     for one, other in zip(
-        jax.tree.leaves(model.apply(params, stats, images, train)),
-        jax.tree.leaves(linen.apply(params, stats, images, train)),
+        jax.tree.leaves(model.apply(params, stats, images, train, False)),
+        jax.tree.leaves(linen.apply(params, stats, images, train, False)),
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)
@@ -99,8 +99,8 @@ def test_linen_and_nnx_are_the_same_network(resnet8, train):
 def test_statistics_move_in_training_only(resnet8):
     model, params, stats = resnet8
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1), jnp.float32)
-    _, kept = model.apply(params, stats, images, False)
-    _, moved = model.apply(params, stats, images, True)
+    _, kept, _ = model.apply(params, stats, images, False, False)
+    _, moved, _ = model.apply(params, stats, images, True, False)
     assert jax.tree.all(jax.tree.map(np.array_equal, kept, stats))
     assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, moved, stats)))
     # A tenth of the way from 1 towards the batch's variance.

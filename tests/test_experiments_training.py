@@ -284,7 +284,7 @@ def test_every_test_image_counts_exactly_once(trainer, data):
     loss, error = trainer.evaluate(state)
     train, test = data.train.images / 1.0, data.test.images / 1.0
     images = jnp.asarray((test - train.mean()) / train.std(), jnp.float32)
-    logits, _ = trainer._model.apply(state.params, state.stats, images, False)
+    logits, *_ = trainer._model.apply(state.params, state.stats, images, False, False)
     log_likelihood = jax.nn.log_softmax(logits)[jnp.arange(70), data.test.labels]
     np.testing.assert_allclose(loss, -log_likelihood.mean(), rtol=1e-5)
     assert error == 100 * np.mean(np.asarray(logits).argmax(1) != data.test.labels)

@@ -8,7 +8,7 @@ from ._errors import UsageError
 from ._schedules import ScheduleName
 from ._schemes import Retraction
 
-Gamma = Literal["glorot"] | float
+Gamma = Literal["glorot", "literal"] | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class TrainConfig:
     data: str = "digits"
     """`digits`, a local folder of images, or a name on the Hugging Face hub (owner/set or owner/set:config)."""
     model: str = "resnet8"
-    """resnet8|14|20|32|44|56|110, resnet50|101, each with `se` before it; linen-resnet8|…|110."""
+    """resnet8|14|20|32|44|56|110, resnet50|101, each with `se` before it; linen-resnet8|…|110; plain8|…|110, which
+    have no normalization."""
     scheme: str = "pio:sp+ob+st"
     """euc (the baseline), st, sp, ob, each-st, each-sp, each-ob, poms-st, or pi:, po:, pio: with any of
     sp, ob, st, euc joined by +."""
@@ -32,7 +33,11 @@ class TrainConfig:
     seed: int = 0
     """Of the weights, the plan, the images' order and the augmentation."""
     gamma: Gamma = "glorot"
-    """The weights' scale: `glorot` (eq. 2 with Glorot's fan-out) or a number."""
+    """The weights' scale: `glorot` (eq. 2 with Glorot's fan-out), `literal` (with the output's size) or a number."""
+    lambda_: Annotated[Literal["off", "epoch"], tyro.conf.arg(name="lambda")] = "off"
+    """Rescale the weights by the standard deviation of their features: never, or after every epoch."""
+    lambda_floor: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """The smallest standard deviation used; 1 keeps the norms' bounds."""
     retraction: Retraction = "polar"
     """How Stiefel weights return to their manifold."""
     rho: float = 1.0
@@ -60,8 +65,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{option(name)} {value}: give a whole number of 1 or more")
-        for name in ("lr", "rho"):
-            if not 0 < getattr(self, name) < float("inf"):
+        for name in ("lr", "rho", "lambda_floor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{option(name)} {getattr(self, name)}: give a number above 0")
         for name in ("weight_decay", "curvature"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -70,7 +76,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{option(name)} {getattr(self, name)}: give a number from 0 up to, but not, 1")
         if not isinstance(self.gamma, str) and not 0 < self.gamma < float("inf"):
-            raise UsageError(f"--gamma {self.gamma}: give `glorot` or a number above 0")
+            raise UsageError(f"--gamma {self.gamma}: give `glorot`, `literal` or a number above 0")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed}: give a whole number from 0 to 2³²−1")
         return self
@@ -97,4 +103,4 @@ class TrainConfig:
 
 def option(name: str) -> str:
     """A field's name as the command line spells it."""
-    return "--" + name.replace("_", "-")
+    return "--" + name.strip("_").replace("_", "-")

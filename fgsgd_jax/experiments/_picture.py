@@ -3,8 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -68,6 +71,37 @@ def draw(runs: Mapping[str, Records], path: Path) -> None:
         axes.grid(alpha=0.3)
     handles = [Line2D([], [], color=colour, linewidth=3) for colour in _colours(len(runs))]
     figure.legend(handles, list(runs), loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
+    _save(figure, path)
+
+
+def draw_scales(records: Records, path: Path) -> None:
+    """Draw λ and ℜ of every layer over epochs into one PNG file, from light (first layer) to dark (last).
+
+    Args:
+        records: the epochs' log lines of a run with λ.
+        path: the file.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = [name for name, values in records[0]["by_parameter"].items() if "lambda" in values] if records else []
+    epochs = [record["epoch"] for record in records]
+    titles = {"lambda": "λ: standard deviation of the features", "radius": "ℜ = γ/λ: radius of the weights"}
+    colours = colormaps["viridis_r"]
+    for axes, (figure_name, title) in zip(figure.subplots(1, 2).flat, titles.items(), strict=True):
+        for place, name in enumerate(names):
+            colour = colours(place / max(len(names) - 1, 1))
+            values = _series(records, "by_parameter", name, figure_name)
+            axes.plot(epochs, values, color=colour, marker="o" if _few(records) else "", linewidth=1)
+        axes.set(title=title, xlabel="epoch, at its end", ylabel="median over a layer's slices")
+        _logarithmic(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    layers = ScalarMappable(Normalize(1, max(len(names), 2)), colours)
+    figure.colorbar(layers, ax=figure.axes, label="layer")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)

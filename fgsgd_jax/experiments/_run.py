@@ -16,13 +16,13 @@ from ._data import ImageSet, load
 from ._errors import UsageError
 from ._fit import fit
 from ._log import MetricsLog, Record
-from ._picture import draw
+from ._picture import draw, draw_scales
 from ._progress import ProgressDisplay
 from ._state import Glance, TrainState
 from ._trainer import Trainer
 from ._versions import versions
 
-LOG, CHECKPOINTS, PICTURE = "metrics.jsonl", "checkpoints", "picture.png"
+LOG, CHECKPOINTS, PICTURE, SCALES = "metrics.jsonl", "checkpoints", "picture.png", "scales.png"
 
 
 class Result(NamedTuple):
@@ -95,6 +95,8 @@ def run(
     finally:
         checkpoints.close()
     draw({f"{config.model}, {config.scheme}": records}, folder / PICTURE)
+    if config.lambda_ == "epoch":
+        draw_scales(records, folder / SCALES)
     return Result(folder, records, state)
 
 

@@ -58,11 +58,13 @@ class Trainer:
 
         self._model = build(config.model, len(data.classes), data.channels)
         self._shapes, _ = jax.eval_shape(self._model.init, jax.random.key(0))
+        self._trace = self._model.trace(data.train.images.shape[1:3])
         self._augmentation: Augmentation = resolve(config.augment, data.name)
         self._rate = schedule(config.schedule, config.lr, self.total_steps)
         self._plans: dict[int, fg.Plan | None] = {}
         plan = self.plan_of(config.seed)
-        self._tx = make_optimizer(config, self._rate, plan)
+        self._tx = make_optimizer(config, self._rate, plan, self.steps_per_epoch)
+        self._observes = plan is not None and config.lambda_ == "epoch"
         # The number of each parameter's groups, which is the same for every seed.
         collections = {} if plan is None else plan.collections
         self._groups = {path: np.unique(collection.group).size for path, collection in collections.items()}
@@ -84,7 +86,7 @@ class Trainer:
     def plan_of(self, seed: int) -> fg.Plan | None:
         """The plan of this seed; `None` for the baseline."""
         if seed not in self._plans:
-            self._plans[seed] = make_plan(self.config, self._shapes, seed)
+            self._plans[seed] = make_plan(self.config, self._shapes, seed, self._trace)
         return self._plans[seed]
 
     def start(self, seed: int) -> TrainState:
@@ -93,7 +95,7 @@ class Trainer:
         params, stats = self._init(jax.random.fold_in(key, WEIGHTS))
         if plan is not None:
             params = fg.initialize(jax.random.fold_in(key, MANIFOLDS), params, plan)
-        opt_state = make_optimizer(self.config, self._rate, plan).init(params)
+        opt_state = make_optimizer(self.config, self._rate, plan, self.steps_per_epoch).init(params)
         zeta = {path: Zeta(jnp.float32(0), jnp.float32(0), jnp.float32(0)) for path in self._groups}
         totals = Totals(jnp.int32(0), jnp.int32(0), jnp.float32(0), zeta)
         state = TrainState(jnp.int32(0), jnp.uint32(seed), params, stats, opt_state, totals)
@@ -178,7 +180,26 @@ class Trainer:
             }
             for path, zeta in glance.totals.zeta.items()
         }
+        if self._observes:
+            for path, scales in self._scales(state, plan).items():
+                by_parameter[path] |= scales
         return record | figures | {"by_parameter": by_parameter}
+
+    def _scales(self, state: TrainState, plan: fg.Plan) -> dict[str, dict[str, float]]:
+        """ℜ and λ = γ/ℜ of every layer: the medians over its constrained slices, and how many kept their scale."""
+        radii, figures = jax.device_get((fg.radii(state.opt_state), fg.metrics(state.opt_state)))
+        scales = {}
+        for path, collection in plan.collections.items():
+            free = np.array([isinstance(manifold, fg.Euclidean) for manifold in collection.manifolds])
+            if (bound := ~free[collection.member]).any():
+                radius = radii[path][bound]
+                gamma = np.broadcast_to(collection.gamma, bound.shape)[bound]
+                scales[path] = {
+                    "radius": float(np.median(radius)),
+                    "lambda": float(np.median(gamma / radius)),
+                    "unfed": int(figures[path].unfed),
+                }
+        return scales
 
     # What is compiled.
 
@@ -195,12 +216,13 @@ class Trainer:
         images = normalize(augment(key, data.images[rows], self._augmentation), data)
 
         def objective(params):
-            logits, stats = self._model.apply(params, state.stats, images, True)
+            logits, stats, moments = self._model.apply(params, state.stats, images, True, self._observes)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), (logits, stats)
+            return losses.mean(), (logits, stats, moments)
 
-        (loss, (logits, stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        (loss, (logits, stats, moments)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        observed = {"feature_moments": moments} if self._observes else {}
+        updates, opt_state = self._tx.update(grads, state.opt_state, state.params, **observed)
         params: Any = optax.apply_updates(state.params, updates)
 
         before = jax.tree.map(lambda total: jnp.where(place == 0, jnp.zeros_like(total), total), state.totals)
@@ -221,7 +243,7 @@ class Trainer:
         real = rows < len(data.labels)
         rows = jnp.minimum(rows, len(data.labels) - 1)
         labels = data.labels[rows]
-        logits, _ = self._model.apply(params, stats, normalize(data.images[rows], data), False)
+        logits, *_ = self._model.apply(params, stats, normalize(data.images[rows], data), False, False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses, where=real), jnp.sum(_missed(logits, labels), where=real, dtype=jnp.int32)
 

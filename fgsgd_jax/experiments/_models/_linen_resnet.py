@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+import fgsgd_jax as fg
+
 from ._initializers import BN_EPSILON, BN_MOMENTUM, conv_init
 from ._nnx_resnet import pad_shortcut
 from ._shapes import CifarShape, stage_stride
@@ -62,16 +64,20 @@ class CifarResNet(nn.Module):
 
 
 def functional(module: nn.Module, channels: int):
-    """`init` and `apply` of a Model from a linen module."""
+    """`init`, `apply` and `trace` of a Model from a linen module."""
 
     def init(key: jax.Array):
         # Parameters do not depend on the images' size: the smallest that passes both strides.
         variables = module.init(key, jnp.zeros((1, 8, 8, channels), jnp.float32), False)
         return variables["params"], variables["batch_stats"]
 
-    def apply(params, stats, images, train):
+    def apply(params, stats, images, train, observe=False):
         variables = {"params": params, "batch_stats": stats}
-        logits, new = module.apply(variables, images, train, mutable=["batch_stats"])
-        return logits, new["batch_stats"]
+        apply = fg.linen.observe(module).apply if observe else module.apply
+        logits, new = apply(variables, images, train, mutable=["batch_stats"])
+        return logits, new["batch_stats"], fg.linen.moments(new) if observe else {}
 
-    return init, apply
+    def trace(size):
+        return fg.linen.trace(module, jax.ShapeDtypeStruct((1, *size, channels), jnp.float32), train=False)
+
+    return init, apply, trace

@@ -1,11 +1,23 @@
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jaxtyping import Array, Float
 
+import fgsgd_jax as fg
+
 Params = dict[str, Any]
 Stats = dict[str, Any]
+
+
+class Apply(Protocol):
+    """The forward pass of a network; `train` and `observe` are static."""
+
+    def __call__(
+        self, params: Params, stats: Stats, images: Float[Array, "n height width channels"], train: bool, observe: bool
+    ) -> tuple[Array, Stats, dict[str, fg.FeatureMoments]]:
+        """The logits, the new statistics, and the moments of what entered each kernel (none if not to be observed)."""
+        ...
 
 
 class Model(NamedTuple):
@@ -17,5 +29,6 @@ class Model(NamedTuple):
     name: str
     init: Callable[[jax.Array], tuple[Params, Stats]]
     """`init(key) -> (params, stats)`"""
-    apply: Callable[[Params, Stats, Float[Array, "n height width channels"], bool], tuple[Array, Stats]]
-    """`apply(params, stats, images, train) -> (logits, new stats)`; `train` is static"""
+    apply: Apply
+    trace: Callable[[tuple[int, int]], fg.Trace]
+    """`trace((height, width))`: the calls of its layers on images of this size"""

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+import fgsgd_jax as fg
+
 from ._initializers import BN_EPSILON, BN_MOMENTUM, SE_REDUCTION, conv_init
 from ._shapes import CifarShape, ImageNetShape, stage_stride
 
@@ -124,6 +126,26 @@ class CifarResNet(nnx.Module):
         return self.head(x.mean((1, 2)))
 
 
+class PlainNet(nnx.Module):
+    """The 3×3 convolutions of a small ResNet one after the other: no shortcuts, no normalization."""
+
+    def __init__(self, shape: CifarShape, num_classes: int, channels: int, rngs: nnx.Rngs):
+        self.depth = 0
+        inputs = channels
+        for stage, width in enumerate(shape.widths):
+            for block in range(2 * shape.blocks + (stage == 0)):
+                # The first convolution of a stage shrinks the image, as in the ResNet; the stem comes before them all.
+                stride = stage_stride(stage, block)
+                setattr(self, f"conv_{self.depth:03d}", _conv(inputs, width, 3, stride, rngs))
+                self.depth, inputs = self.depth + 1, width
+        self.head = nnx.Linear(inputs, num_classes, rngs=rngs)
+
+    def __call__(self, x: Images) -> Float[Array, "n classes"]:
+        for index in range(self.depth):
+            x = nnx.relu(getattr(self, f"conv_{index:03d}")(x))
+        return self.head(x.mean((1, 2)))
+
+
 class ImageNetResNet(nnx.Module):
     """A ResNet of bottlenecks for large images."""
 
@@ -160,8 +182,8 @@ def pad_shortcut(x: Images, channels: int, stride: int) -> Images:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2))) if new else x
 
 
-def functional(make):
-    """`init` and `apply` of a Model from a function that builds an NNX module from its `Rngs`."""
+def functional(make, channels: int):
+    """`init`, `apply` and `trace` of a Model from a function that builds an NNX module from its `Rngs`."""
     abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     graph, _, _ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
 
@@ -169,10 +191,16 @@ def functional(make):
         _, params, stats = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
-    def apply(params, stats, images, train):
+    def apply(params, stats, images, train, observe=False):
         module = nnx.merge(graph, nnx.State(params), nnx.State(stats))
+        if observe:
+            fg.nnx.observe(module)
         module.set_attributes(use_running_average=not train, raise_if_not_found=False)
         logits = module(images)
-        return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+        moments = fg.nnx.moments(module) if observe else {}
+        return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)), moments
 
-    return init, apply
+    def trace(size):
+        return fg.nnx.trace(abstract, jax.ShapeDtypeStruct((1, *size, channels), jnp.float32))
+
+    return init, apply, trace
