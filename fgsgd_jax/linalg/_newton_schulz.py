@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ._polar import polar_differential
 from ._products import gram, matmul
@@ -20,15 +20,17 @@ def _quintic(g: Array) -> Array:
     return 1.875 * eye - 1.25 * g + 0.375 * matmul(g, g)
 
 
-def _inverse_root(g: Array, steps: int) -> Array:
+def _inverse_root(g: Array, steps: Int[Array, ""]) -> Array:
     """`g^-½` by quintic steps among p×p matrices only, for `g` near the identity."""
-    factor = _quintic(g)
-    root = factor
-    for _ in range(steps - 1):
+
+    def step(_, carry):
+        root, factor, g = carry
         g = matmul(matmul(factor, g), factor)
         factor = _quintic(g)
-        root = matmul(root, factor)
-    return root
+        return matmul(root, factor), factor, g
+
+    factor = _quintic(g)
+    return lax.fori_loop(1, steps, step, (factor, factor, g))[0]
 
 
 def _deviation(g: Array) -> Float[Array, "..."]:
@@ -51,12 +53,13 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
     """
     g = gram(y, y)
     deviation = jnp.max(_deviation(g), initial=0.0)
-    extra = 1 if y.dtype == jnp.float64 else 0
+    # Comparisons with NaN are false: a batch with one NaN takes the safe branch.
+    beyond = jnp.asarray([~(deviation <= bound) for bound in _STEPS_FOR_DEVIATION])
+    steps = 1 + jnp.sum(beyond, dtype=jnp.int32) + (1 if y.dtype == jnp.float64 else 0)
 
-    def near(steps):
-        return lambda y, g, fallback: matmul(y, _inverse_root(g, steps + extra))
-
-    branches = [near(steps) for steps in range(1, len(_STEPS_FOR_DEVIATION) + 1)]
+    def near(y, g, fallback):
+        del fallback
+        return matmul(y, _inverse_root(g, steps))
 
     def far(y, g, fallback):
         # Scaling by the Gram's ∞-norm puts all singular values into (0, 1], where the iteration converges.
@@ -64,9 +67,12 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
         usable = (bound > 0) & jnp.isfinite(bound)
         z = jnp.where(usable, y / jnp.sqrt(jnp.where(usable, bound, 1)), 0)
 
+        # From here one more step reaches round-off.
+        enough = 2.0**-18 if y.dtype == jnp.float64 else _STEPS_FOR_DEVIATION[0]
+
         def unconverged(carry):
             _, g, iteration = carry
-            return (jnp.max(_deviation(g), initial=0.0) > _STEPS_FOR_DEVIATION[0]) & (iteration < _MOST_ITERATIONS)
+            return (jnp.max(_deviation(g), initial=0.0) > enough) & (iteration < _MOST_ITERATIONS)
 
         def step(carry):
             z, g, iteration = carry
@@ -74,12 +80,10 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
             return z, gram(z, z), iteration + 1
 
         z, g, _ = lax.while_loop(unconverged, step, (z, gram(z, z), 0))
-        z, converged = near(1)(z, g, fallback), _deviation(g) <= _STEPS_FOR_DEVIATION[0]
+        z, converged = matmul(z, _quintic(g)), _deviation(g) <= enough
         return jnp.where(converged[..., None, None], z, fallback)
 
-    # Comparisons with NaN are false: a batch with one NaN takes the safe branch.
-    branch = sum((~(deviation <= bound)).astype(jnp.int32) for bound in _STEPS_FOR_DEVIATION)
-    return lax.switch(branch, [*branches, far], y, g, fallback)
+    return lax.cond(beyond[-1], far, near, y, g, fallback)
 
 
 @orthonormalize.defjvp
