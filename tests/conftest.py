@@ -1,12 +1,15 @@
 """Settings under which every test runs: stricter than a user's, so that what passes here passes there.
 
-OpenBLAS (NumPy, SciPy) spins one thread per core and collapses when a second process wants the same cores, as
-under pytest-xdist; one thread is faster for the matrices here. It has to be set before NumPy loads.
+One thread to a process, where pytest-xdist already has a process to a core. OpenBLAS (NumPy, SciPy) collapses when
+two processes spin on the same cores. XLA's CPU backend with two threads was seen to hang in programs of several
+batched solves, and now and then to read a buffer before it was written (jax-ml/jax#39741 describes the like). Both
+variables must be set before the libraries load.
 """
 
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("NPROC", "1")  # the size of XLA's thread pool
 
 import jax
 import pytest

@@ -242,7 +242,5 @@ def typechecked(function):
     """Beartype, for jaxtyping's import hook: it decorates functions, outside whose class `Self` has no meaning."""
     hints = getattr(function, "__annotations__", None)
     if hints:
-        function.__annotations__ = {
-            name: typing.Any if hint is typing.Self else hint for name, hint in hints.items()
-        }
+        function.__annotations__ = {name: typing.Any if hint is typing.Self else hint for name, hint in hints.items()}
     return beartype.beartype(function)
