@@ -35,3 +35,10 @@ def users_settings():
         jax.numpy_rank_promotion("allow"),
     ):
         yield
+
+
+@pytest.fixture
+def lenient_promotion():
+    """JAX's own promotion of dtypes, for tests that run through third parties' arithmetic (Optax's counters)."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

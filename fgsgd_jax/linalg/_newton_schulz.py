@@ -62,10 +62,14 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
         return matmul(y, _inverse_root(g, steps))
 
     def far(y, g, fallback):
-        # Scaling by the Gram's ∞-norm puts all singular values into (0, 1], where the iteration converges.
-        bound = jnp.max(jnp.sum(jnp.abs(g), axis=-1), axis=-1, initial=0.0)[..., None, None]
-        usable = (bound > 0) & jnp.isfinite(bound)
-        z = jnp.where(usable, y / jnp.sqrt(jnp.where(usable, bound, 1)), 0)
+        # First by the largest entry, so that no product overflows or vanishes; then by the Gram's ∞-norm, which puts
+        # all singular values into (0, 1], where the iteration converges.
+        del g
+        largest = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True, initial=0.0)
+        usable = (largest > 0) & jnp.isfinite(largest)
+        z = jnp.where(usable, y / jnp.where(usable, largest, 1), 0)
+        bound = jnp.max(jnp.sum(jnp.abs(gram(z, z)), axis=-1), axis=-1, initial=0.0)[..., None, None]
+        z = z / jnp.sqrt(jnp.where(usable, bound, 1))
 
         # From here one more step reaches round-off.
         enough = 2.0**-18 if y.dtype == jnp.float64 else _STEPS_FOR_DEVIATION[0]

@@ -1,0 +1,239 @@
+"""Matrix functions against SciPy and NumPy in float64, and on the inputs where such functions break."""
+
+import helpers as h
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given, settings, strategies as st
+
+from fgsgd_jax import linalg
+
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
+SHAPES = pytest.mark.parametrize("shape", [(3, 3), (7, 3), (4, 1), (1, 1), (60, 40)], ids=str)
+
+polar, qf, expm, cayley = (jax.jit(f) for f in (linalg.polar, linalg.qf, linalg.expm, linalg.cayley))
+orthonormalize, norm = jax.jit(linalg.orthonormalize), jax.jit(linalg.norm, static_argnums=(1, 2))
+
+
+def orthonormality(q):
+    q = np.asarray(q, np.float64)
+    return np.max(np.abs(h.transpose(q) @ q - np.eye(q.shape[-1])), initial=0)
+
+
+def limit(dtype, shape=(3, 3)):
+    return 8 * h.EPS[dtype] * max(3, shape[0] ** 0.5)
+
+
+def conditioned(shape, condition, count=4):
+    """Matrices of a chosen condition number, of largest singular value 1."""
+    rng = np.random.default_rng(0)
+    n, p = shape
+    return np.stack([h.with_singular_values(rng, np.geomspace(1, 1 / condition, p), n, p) for _ in range(count)])
+
+
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("condition", [1.0, 10.0, 1e3])
+def test_polar_factor(shape, dtype, condition):
+    a = conditioned(shape, condition)
+    u = polar(jnp.asarray(a, dtype))
+    assert u.dtype == dtype
+    assert orthonormality(u) <= limit(dtype, shape)
+    np.testing.assert_allclose(u, h.polar(a), atol=condition * limit(dtype, shape))
+    np.testing.assert_allclose(
+        h.transpose(scipy.linalg.polar(a[0])[0]),
+        h.transpose(np.asarray(u[0])),
+        atol=condition * limit(dtype, shape),
+    )
+
+
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("spread", [0.01, 0.3, 0.9, 3.0, 1e4])
+def test_orthonormalize_is_polar_at_any_distance(shape, dtype, spread):
+    """Newton-Schulz takes a number of steps that it measures: at every distance the answer is the polar factor."""
+    rng = np.random.default_rng(1)
+    x = h.point("stiefel", rng, (4, *shape))
+    v = h.tangent("stiefel", rng, x)
+    v = v / np.maximum(np.linalg.norm(v, 2, axis=(-2, -1)), 1e-30)[:, None, None] * spread if v.any() else v
+    a = x + v
+    u = orthonormalize(jnp.asarray(a, dtype), jnp.asarray(x, dtype))
+    assert orthonormality(u) <= limit(dtype, shape)
+    # x + v has singular values from 1 to sqrt(1 + spread^2).
+    np.testing.assert_allclose(u, h.polar(a), atol=(1 + spread) * limit(dtype, shape))
+
+
+def test_orthonormalize_falls_back_one_by_one():
+    """What has no polar factor becomes the fallback, and its neighbours in the batch do not notice."""
+    rng = np.random.default_rng(2)
+    x = h.point("stiefel", rng, (6, 4, 3))
+    y = x + 0.1 * rng.standard_normal(x.shape)
+    y[1, 0, 0] = np.nan
+    y[2, 0, 0] = np.inf
+    y[3] = 0
+    y[4, :, 1] = y[4, :, 0]
+    u = orthonormalize(jnp.asarray(y), jnp.asarray(x))
+    np.testing.assert_array_equal(u[1:4], x[1:4])
+    good = [0, 5]
+    np.testing.assert_allclose(u[np.array(good)], h.polar(y[good]), atol=1e-12)
+    assert orthonormality(u) < 1e-12
+
+
+@SHAPES
+@DTYPES
+def test_qf_is_the_q_with_positive_r(shape, dtype):
+    a = conditioned(shape, 10.0)
+    q = qf(jnp.asarray(a, dtype))
+    assert q.dtype == dtype
+    assert orthonormality(q) <= limit(dtype, shape)
+    np.testing.assert_allclose(q, h.qf(a), atol=30 * limit(dtype, shape))
+    r = h.transpose(np.asarray(q, np.float64)) @ a
+    assert np.all(np.diagonal(r, axis1=-2, axis2=-1) > 0)
+    np.testing.assert_allclose(np.tril(r, -1), 0, atol=4 * limit(dtype, shape))
+
+
+@SHAPES
+@DTYPES
+def test_cayley(shape, dtype):
+    rng = np.random.default_rng(3)
+    x = h.point("stiefel", rng, (4, *shape))
+    v = h.tangent("stiefel", rng, x, length=1.5)
+    y = cayley(jnp.asarray(x, dtype), jnp.asarray(v, dtype))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y, h.cayley(x, v), atol=4 * limit(dtype, shape))
+    assert orthonormality(y) <= 4 * limit(dtype, shape)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-8, 0.1, 1.0, 10.0])
+@DTYPES
+def test_expm(size, dtype):
+    rng = np.random.default_rng(4)
+    a = rng.standard_normal((5, 4, 4))
+    a = size * a / np.linalg.norm(a, 2, axis=(-2, -1))[:, None, None]
+    expected = scipy.linalg.expm(a)
+    np.testing.assert_allclose(
+        expm(jnp.asarray(a, dtype)), expected, atol=8 * (1 + size) * limit(dtype) * np.max(np.abs(expected))
+    )
+    skew = a - h.transpose(a)
+    assert orthonormality(expm(jnp.asarray(skew, dtype))) <= 8 * (1 + size) * limit(dtype)
+
+
+# --- degenerate inputs
+
+DEGENERATE = {
+    "zero": np.zeros((4, 3)),
+    "zero column": np.eye(4, 3) * [1, 0, 1],
+    "repeated columns": np.repeat(np.arange(1.0, 5)[:, None], 3, axis=1),
+    "rank 1": np.outer(np.arange(1.0, 5), [1, -2, 3]),
+    "rank 2": np.outer(np.arange(1.0, 5), [1, -2, 3]) + np.outer([1, 0, 0, 1], [0, 1, 0]),
+    "nearly rank 2": np.eye(4, 3) * [1, 1, 1e-20],
+    "one tiny entry": np.eye(4, 3) + 1e-38 * np.ones((4, 3)),
+    "huge": 1e30 * np.random.default_rng(5).standard_normal((4, 3)),
+    "tiny": 1e-30 * np.random.default_rng(6).standard_normal((4, 3)),
+    "graded": np.random.default_rng(7).standard_normal((4, 3)) * [1e15, 1, 1e-15],
+}
+
+
+@pytest.mark.parametrize("a", DEGENERATE.values(), ids=DEGENERATE.keys())
+@DTYPES
+def test_degenerate_matrices_have_an_orthonormal_factor(a, dtype):
+    """Some valid answer, never NaN, and the same each time, alone or in a batch."""
+    a = jnp.asarray(a, dtype)
+    x = jnp.asarray(np.eye(4, 3), dtype)
+    for name, answer in {"polar": polar(a), "qf": qf(a), "orthonormalize": orthonormalize(a, x)}.items():
+        assert np.all(np.isfinite(answer)), name
+        assert orthonormality(answer) <= limit(dtype, (4, 3)), name
+    np.testing.assert_array_equal(polar(a), polar(a))
+    batch = jnp.stack([x, a, x])
+    np.testing.assert_allclose(polar(batch)[0], x, atol=limit(dtype))
+    assert orthonormality(polar(batch)) <= limit(dtype, (4, 3))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
+@DTYPES
+def test_factors_do_not_depend_on_scale(scale, dtype):
+    a = conditioned((4, 3), 10.0)
+    big = jnp.asarray(scale * a, dtype)
+    np.testing.assert_allclose(polar(big), h.polar(a), atol=30 * limit(dtype))
+    np.testing.assert_allclose(qf(big), h.qf(a), atol=30 * limit(dtype))
+    x = jnp.asarray(h.polar(a), dtype)
+    np.testing.assert_allclose(orthonormalize(big, 0 * x), h.polar(a), atol=30 * limit(dtype))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3), st.floats(-30, 30))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_matrix_of_any_rank_and_scale_has_an_orthonormal_polar_factor(seed, rank, exponent):
+    rng = np.random.default_rng(seed)
+    a = 10.0**exponent * rng.standard_normal((4, rank)) @ rng.standard_normal((rank, 3))
+    u = polar(jnp.asarray(a, jnp.float32))
+    assert orthonormality(u) <= limit("float32", (4, 3))
+    if rank == 3:  # the maximiser of <u, a>, which is the sum of the singular values
+        sigma = np.linalg.svd(a, compute_uv=False)
+        np.testing.assert_allclose(np.sum(np.asarray(u, np.float64) * a), np.sum(sigma), rtol=1e-5)
+
+
+# --- derivatives
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (5, 2)], ids=str)
+def test_polar_derivative_where_singular_values_coincide(shape):
+    """The derivative of SVD's factors divides by differences of singular values; that of the polar factor does not."""
+    rng = np.random.default_rng(8)
+    q = h.point("stiefel", rng, shape)
+    e, c = rng.standard_normal((2, *shape))
+    for a in (q, 2 * q, q + 0.5 * rng.standard_normal(shape)):
+        step = 1e-6
+        expected = np.sum(c * (h.polar(a + step * e) - h.polar(a - step * e))) / (2 * step)
+        for f in (polar, lambda y: orthonormalize(y, jnp.asarray(q))):
+            gradient = jax.grad(lambda y, f=f: jnp.sum(jnp.asarray(c) * f(y)))(jnp.asarray(a))
+            np.testing.assert_allclose(np.sum(np.asarray(gradient) * e), expected, rtol=1e-6, atol=1e-8)
+
+
+# --- norms and products
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+def test_norm_neither_overflows_nor_vanishes(dtype, scale):
+    a = scale * np.random.default_rng(9).standard_normal((5, 4, 3))
+    a = np.asarray(jnp.asarray(a, dtype), np.float64)
+    x = jnp.asarray(a, dtype)
+    np.testing.assert_allclose(
+        norm(x, (-2, -1)), np.sqrt(np.sum((a / (scale or 1)) ** 2, (-2, -1))) * scale, rtol=limit(dtype)
+    )
+    np.testing.assert_allclose(
+        norm(x, -2, True)[:, 0], np.linalg.norm(a / (scale or 1), axis=-2) * scale, rtol=limit(dtype)
+    )
+    gradient = jax.grad(lambda x: jnp.sum(norm(x, (-2, -1))))(x)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_norm_of_nothing_and_of_what_is_not_finite():
+    assert norm(jnp.zeros((0, 3, 3)), (-2, -1)).shape == (0,)
+    assert np.isnan(norm(jnp.array([[1.0, np.nan]]), (-2, -1)))
+    assert np.isinf(norm(jnp.array([[1.0, np.inf]]), (-2, -1)))
+
+
+def test_products():
+    rng = np.random.default_rng(10)
+    a, b = rng.standard_normal((2, 5, 4, 3))
+    c = rng.standard_normal((5, 3, 2))
+    np.testing.assert_allclose(linalg.gram(jnp.asarray(a), jnp.asarray(b)), h.transpose(a) @ b, atol=1e-14)
+    np.testing.assert_allclose(linalg.matmul(jnp.asarray(a), jnp.asarray(c)), a @ c, atol=1e-14)
+    square = rng.standard_normal((5, 3, 3))
+    np.testing.assert_array_equal(linalg.sym(jnp.asarray(square)), h.sym(square))
+
+
+@pytest.mark.parametrize("name", ["matmul", "gram", "polar", "qf", "cayley", "expm", "orthonormalize"])
+def test_products_run_at_full_precision(name):
+    """Whatever a backend's default is: GPUs would use TF32, TPUs bf16."""
+    function = getattr(linalg, name)
+    arguments = (jnp.ones((3, 3), jnp.float32),) * (1 if name in ("polar", "qf", "expm") else 2)
+    with jax.default_matmul_precision("tensorfloat32"):
+        jaxpr = jax.make_jaxpr(function)(*arguments)
+    dots = [eqn for eqn in h.equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert all(eqn.params["precision"] == highest for eqn in dots), {str(eqn.params["precision"]) for eqn in dots}
+    assert dots or name == "qf"
