@@ -13,7 +13,7 @@ from ._normalize import normalized_groups, zeros
 from ._retract import largest_step
 from ._scale import Scale
 from ._states import FgsgdState
-from ._zeta import Scalar
+from ._zeta import Scalar, check_options
 
 
 def fgsgd(
@@ -73,6 +73,7 @@ def fgsgd(
       >>> bool(fg.violation(params, plan)["kernel"] < 1e-6)
       True
     """
+    check_options(rho, curvature)
     layout = buckets(plan)
     paths = tuple(bucket.paths for bucket in layout)
     collected = set(plan.collections)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from ..groups import Bucket, Plan, Stacked, buckets, from_paths, groups_of
 from ._links import constrained_leaves
 from ._states import NormalizeState
-from ._zeta import Scalar, group_norms, of_matrices, reciprocal_zeta
+from ._zeta import Scalar, check_options, group_norms, of_matrices, reciprocal_zeta
 
 
 def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) -> optax.GradientTransformationExtraArgs:
@@ -30,6 +30,7 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, eqs. 3 to 7.
     """
+    check_options(rho, curvature)
     layout = buckets(plan)
 
     def init(params: Any) -> Any:

@@ -7,6 +7,13 @@ from jaxtyping import Array, Float, Int
 Scalar = float | Float[Array, ""]
 
 
+def check_options(rho: Scalar, curvature: Scalar) -> None:
+    """Raises for a negative ρ or c; tracers, as `optax.inject_hyperparams` passes, cannot be looked at."""
+    for name, value in (("rho", rho), ("curvature", curvature)):
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"{name}={value}: give a number of 0 or more (ρ is a distance, c a bound of |curvature|)")
+
+
 def group_norms(
     t: Float[Array, "layers inputs outputs rows cols"],
     group: Int[Array, "layers inputs outputs"] | None,
