@@ -49,7 +49,7 @@ def on_manifolds(
       >>> params = {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}
       >>> plan = fg.plan(params, [("kernel", fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o")), ("*", None)])
       >>> params = fg.initialize(jax.random.key(0), params, plan)
-      >>> tx = fg.on_manifolds(optax.adamw(1e-3), plan)
+      >>> tx = fg.on_manifolds(optax.sgd(1e-2, momentum=0.9), plan)
       >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
       >>> params = optax.apply_updates(params, updates)
       >>> bool(fg.violation(params, plan)["kernel"] < 1e-6)
