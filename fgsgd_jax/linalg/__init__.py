@@ -1,9 +1,24 @@
 """Floor 1, numbers: batched matrix functions at full precision. Knows nothing of weights."""
 
 from ._cayley import cayley as cayley
+from ._enclosures import (
+    Interval as Interval,
+    enclosed_frobenius as enclosed_frobenius,
+    enclosed_spectral as enclosed_spectral,
+    enclosed_two_to_one as enclosed_two_to_one,
+)
 from ._expm import expm as expm
+from ._gram_iteration import gram_iteration as gram_iteration
 from ._newton_schulz import orthonormalize as orthonormalize
 from ._norm import norm as norm
 from ._polar import polar as polar
 from ._products import gram as gram, matmul as matmul, sym as sym
 from ._qr import qf as qf
+from ._spectral import spectral_norm as spectral_norm
+from ._symbol import (
+    block_norms as block_norms,
+    largest_block as largest_block,
+    torus_basis as torus_basis,
+    unrolled_basis as unrolled_basis,
+)
+from ._two_to_one import two_to_one as two_to_one

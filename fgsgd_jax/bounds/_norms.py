@@ -1,0 +1,142 @@
+"""Norms of groups and layers, beside what bounds them."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..groups import Plan, Radii, checked_leaves
+from ..linalg import norm, spectral_norm, two_to_one
+from ._layers import Layout, concatenations, layouts
+from ._unit_norms import Norms, table2, unit_bounds
+
+# In the place of unit norms, which are positive.
+_NONE, _MEASURED = -1.0, -2.0
+
+
+class NormTable(NamedTuple):
+    """The measured norms, upper bounds of them, and the entries of the paper's Table 2."""
+
+    measured: Norms
+    bound: Norms
+    table2: Norms
+
+
+class LayerNorms(NamedTuple):
+    """The norms of one weight: of its groups (arrays of one number per group), and of the whole layer (scalars)."""
+
+    groups: NormTable
+    layer: NormTable
+
+
+def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, LayerNorms]:
+    """Frobenius, spectral and 2→1 norm of every group and layer, beside the valid bound and the paper's Table 2.
+
+    The norms of a group are those of its matrices set side by side, as in Definition 1: ω_g = (ω_1, …, ω_|g|), of A
+    rows and B·|g| columns. Its Gram matrix ω_g ω_gᵀ is the sum of those of its matrices, so its spectral norm is at
+    most s·√|g| if theirs are at most s; the rows, whose Euclidean norms the 2→1 norm adds, stay A. A layer is all its
+    matrices side by side. Nothing here is the norm of a convolution: see `conv_norms`.
+
+    * `measured`: of the weights as they are.
+    * `bound`: holds for every point of the manifolds at the given radii. With the bound f of a matrix of radius 1
+      (`unit_bounds`) and the radii s: (Σ s²f²)^½, which is s·f·√|g| where the radii are equal; inf for Euclidean ones.
+    * `table2`: the largest entry among the matrices, times their radius; NaN for Euclidean ones. The table is of one
+      matrix, the paper uses it for groups.
+
+    Args:
+      params: the parameters.
+      plan: the plan of these parameters. Weights that it leaves free are one Euclidean group each: the matrix of all
+        axes but the last by the last. What has a single axis (biases, scales) is left out.
+      radii: of the manifolds: None for the plan's γ, or `fg.radii(opt_state)` for those of a training.
+
+    Returns:
+      The norms by path, in the weights' units and in the dtype of constraint arithmetic. May be called inside jit.
+
+    References:
+      Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Definition 1 and Tables 1 and 2.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"kernel": jnp.zeros((3, 3, 4, 6))}
+      >>> plan = fg.plan(params, [("kernel", fg.PO([fg.Stiefel()]))])
+      >>> params = fg.initialize(jax.random.key(0), params, plan)
+      >>> groups = fg.norms(params, plan)["kernel"].groups  # γ = 90^-½, 6 groups of 4 slices
+      >>> [round(float(x[0]), 3) for x in (groups.measured.frobenius, groups.bound.frobenius, groups.bound.spectral)]
+      [0.365, 0.365, 0.211]
+    """
+    leaves, result = checked_leaves(params, plan), {}
+    for layout in layouts(leaves, plan):
+        bucket = layout.bucket
+        stacked = bucket.stack(leaves)
+        tables = _of_bucket(
+            stacked,
+            _radii(layout, radii, stacked.dtype),
+            np.stack([collection.kind for collection in layout.collections]),
+            np.stack([_known(of_manifold, layout) for of_manifold in (unit_bounds, table2)]),
+            concatenations(layout),
+            bucket.num_groups,
+        )
+        for index, path in enumerate(bucket.paths):
+            result[path] = _of_layer(tables, index)
+    return {path: result[path] for path in leaves if path in result}
+
+
+def _radii(layout: Layout, radii: Radii | None, dtype: jnp.dtype) -> Array:
+    grid = layout.bucket.view.grid[:2]
+    if radii is None or not any(collection.constrained for collection in layout.collections):
+        given: list = [collection.gamma for collection in layout.collections]
+    else:
+        if missing := [path for path in layout.bucket.paths if path not in radii]:
+            raise ValueError(
+                f"radii has no entry for {missing[0]!r}: pass fg.radii(opt_state) of a state made by this plan"
+            )
+        given = [radii[path] for path in layout.bucket.paths]
+    return jnp.stack([jnp.broadcast_to(jnp.asarray(radius, dtype), grid) for radius in given])
+
+
+def _known(of_manifold, layout: Layout) -> Float[np.ndarray, "norms kinds"]:
+    """The unit norms of every kind of manifold of a layout; -1 for no entry, -2 for the measured one."""
+    shape = layout.bucket.view.grid[2:]
+    rows = [of_manifold(kind, shape) for kind in layout.bucket.kinds]
+    return np.array([[_MEASURED if x is None else _NONE if np.isnan(x) else x for x in row] for row in rows]).T
+
+
+@functools.partial(jax.jit, static_argnames="num_groups")
+def _of_bucket(x, radius, kind, known, groups, num_groups) -> tuple[Array, Array]:
+    """Measured norms, bounds and entries, three each: of groups `[9, layers, groups]` and of layers `[9, layers]`."""
+    layers, rows, columns = x.shape[0], *x.shape[-2:]
+    matrices = x.reshape(-1, rows, columns)
+    known = jnp.asarray(known, x.dtype)[:, :, jnp.asarray(kind).ravel()]
+    unit, entry = known[0], jnp.where(known[1] < 0, known[1], radius.ravel() * known[1])
+    entry = jnp.where(entry == _MEASURED, spectral_norm(matrices), entry)
+    unit = radius.ravel() * unit
+
+    def summary(side_by_side: Array, unit: Array, entry: Array) -> Array:
+        measured = jnp.stack([norm(side_by_side, (-2, -1)), spectral_norm(side_by_side), two_to_one(side_by_side)])
+        largest = jnp.max(entry, axis=-1)
+        entries = jnp.where(largest < 0, jnp.nan, largest)
+        return jnp.concatenate([measured, jnp.sqrt(jnp.sum(jnp.square(unit), axis=-1)), entries])
+
+    # What fills up groups: matrices of zeros, without an entry.
+    filled = jnp.concatenate([matrices, jnp.zeros((1, rows, columns), x.dtype)])
+    filled_unit = jnp.pad(unit, ((0, 0), (0, 1)))
+    filled_entry = jnp.pad(entry, ((0, 0), (0, 1)), constant_values=_NONE)
+    of_groups = jnp.zeros((9, layers * num_groups), x.dtype)
+    for numbers, members in groups:
+        side_by_side = jnp.moveaxis(filled[members], -3, -2).reshape(len(members), rows, -1)
+        found = summary(side_by_side, filled_unit[:, members], filled_entry[:, members])
+        of_groups = of_groups.at[:, numbers].set(found)
+    side_by_side = jnp.moveaxis(x.reshape(layers, -1, rows, columns), 1, 2).reshape(layers, rows, -1)
+    of_layers = summary(side_by_side, unit.reshape(3, layers, -1), entry.reshape(3, layers, -1))
+    return of_groups.reshape(9, layers, num_groups), of_layers
+
+
+@jax.jit
+def _of_layer(tables: tuple[Array, Array], index: int | Array) -> LayerNorms:
+    # The index is traced: sliced at fixed places, every layer would be a program of its own.
+    parts = (jax.lax.dynamic_index_in_dim(table, index, axis=1, keepdims=False) for table in tables)
+    return LayerNorms(*(NormTable(*(Norms(*part[k : k + 3]) for k in (0, 3, 6))) for part in parts))
