@@ -1,9 +1,12 @@
 """Floor 3, grouping: which matrix of which tensor lives where. Knows nothing of gradients."""
 
 from ._buckets import (
+    Batch as Batch,
     Bucket as Bucket,
     Stacked as Stacked,
+    batches as batches,
     buckets as buckets,
+    figures as figures,
     groups_of as groups_of,
     kinds_of as kinds_of,
 )

@@ -1,31 +1,41 @@
-"""Buckets: the parameters of one shape and structure, stacked and handled together.
+"""Buckets and batches: the parameters of a plan, stacked and handled together.
 
-A program over buckets grows with the number of different layers, not with the number of layers.
+A program over them grows with the number of different matrices, not with the number of layers.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from ..linalg import layout_for
 from ..manifolds import Manifold, compute_dtype
+from ._collection import Collection
 from ._plan import Plan
 from ._views import View
+
+Grouping = Literal["layer", "matrix", "row", "column", "row or column", "custom"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Parameters of one shape, view, number of groups and set of manifolds: the static part of their collections."""
+    """Parameters of one shape, view and structure of groups: the static part of their collections.
+
+    `grouping` says what the groups are: the whole layer, one matrix each, the matrices of one row (input) or column
+    (output) of the grid on one of the `members`, either as the row says, or any.
+    """
 
     paths: tuple[str, ...]
     shape: tuple[int, ...]
     view: View
     kinds: tuple[Manifold, ...]
     num_groups: int
+    grouping: Grouping
+    members: int
 
     def stack(self, leaves: dict[str, Array]) -> Float[Array, "layers inputs outputs rows cols"]:
         """The matrices of all parameters of the bucket, in the dtype of constraint arithmetic."""
@@ -42,6 +52,87 @@ class Bucket:
     def dtype(self, leaves: dict[str, Any]) -> jnp.dtype:
         """The widest dtype of constraint arithmetic among the leaves of the bucket."""
         return max((compute_dtype(leaves[path].dtype) for path in self.paths), key=lambda dtype: dtype.itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Buckets whose matrices have one shape and one set of manifolds: their arithmetic runs together.
+
+    Joined, the matrices of all layers follow each other along one axis. A bucket of sharded parameters is a batch of
+    its own and keeps its axes (layers, inputs, outputs), so that nothing has to move between devices. `places` are
+    the buckets' positions in the plan's.
+    """
+
+    buckets: tuple[Bucket, ...]
+    places: tuple[int, ...]
+    joined: bool
+
+    @property
+    def kinds(self) -> tuple[Manifold, ...]:
+        """The manifolds of the matrices."""
+        return self.buckets[0].kinds
+
+    def dtype(self, leaves: dict[str, Any]) -> jnp.dtype:
+        """The widest dtype of constraint arithmetic among the leaves."""
+        return max((bucket.dtype(leaves) for bucket in self.buckets), key=lambda dtype: dtype.itemsize)
+
+    def stack(self, leaves: dict[str, Array]) -> Float[Array, "*batch rows cols"]:
+        """The matrices of all parameters, in the dtype of constraint arithmetic."""
+        if not self.joined:
+            return self.buckets[0].stack(leaves)
+        dtype, layout = self.dtype(leaves), layout_for(self._shape)
+        parts = [
+            layout.take(bucket.view.split(leaves[path].astype(dtype)))
+            for bucket in self.buckets
+            for path in bucket.paths
+        ]
+        rows, cols = self._shape[-2:]
+        if layout.axes == (0, 1):
+            return layout.give(jnp.concatenate([part.reshape(rows, cols, -1) for part in parts], axis=-1))
+        return jnp.concatenate([part.reshape(-1, rows, cols) for part in parts])
+
+    def unstack(self, matrices: Float[Array, "*batch rows cols"], like: dict[str, Array]) -> dict[str, Array]:
+        """The tensors by path, in the dtypes of `like`."""
+        if not self.joined:
+            return self.buckets[0].unstack(matrices, like)
+        layout, start, tensors = layout_for(self._shape), 0, {}
+        matrices = layout.take(matrices)
+        axis = matrices.ndim - 1 if layout.axes == (0, 1) else 0
+        for bucket in self.buckets:
+            inputs, outputs, rows, cols = bucket.view.grid
+            for path in bucket.paths:
+                part = jax.lax.slice_in_dim(matrices, start, start + inputs * outputs, axis=axis)
+                grid = (rows, cols, inputs, outputs) if axis else (inputs, outputs, rows, cols)
+                tensors[path] = bucket.view.merge(layout.give(part.reshape(grid))).astype(like[path].dtype)
+                start += inputs * outputs
+        return tensors
+
+    def own(self, values: Sequence[Any]) -> list[Any]:
+        """The part of this batch of one value for every bucket of the plan."""
+        return [values[place] for place in self.places]
+
+    def flat(self, values: Sequence[Any]) -> Any:
+        """A value for each matrix of each of the batch's buckets [layers, inputs, outputs], as one array [*batch].
+
+        None if they are None.
+        """
+        if values[0] is None or not self.joined:
+            return values[0]
+        dtype = max((value.dtype for value in values), key=lambda dtype: dtype.itemsize)
+        return jnp.concatenate([value.reshape(-1).astype(dtype) for value in values])
+
+    def grids(self, values: Shaped[Array, "*batch"]) -> list[Shaped[Array, "layers inputs outputs"]]:
+        """The values of the batch's matrices by bucket: undoes `flat`."""
+        if not self.joined:
+            return [values]
+        shapes = [(len(bucket.paths), *bucket.view.grid[:2]) for bucket in self.buckets]
+        ends = np.cumsum([np.prod(shape) for shape in shapes])
+        return [part.reshape(shape) for part, shape in zip(jnp.split(values, ends[:-1]), shapes, strict=True)]
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        count = sum(len(bucket.paths) * bucket.view.grid[0] * bucket.view.grid[1] for bucket in self.buckets)
+        return count, *self.buckets[0].view.grid[2:]
 
 
 @jax.tree_util.register_dataclass
@@ -66,34 +157,81 @@ def buckets(plan: Plan) -> tuple[Bucket, ...]:
     """The buckets of a plan's collections. Static: the same for all seeds."""
     found: dict[tuple, list[str]] = {}
     for path, collection in plan.collections.items():
-        key = (plan.entries[path].shape, collection.view, collection.kinds, collection.num_groups)
+        key = (
+            plan.entries[path].shape,
+            collection.view,
+            collection.kinds,
+            collection.num_groups,
+            _grouping(collection),
+            len(collection.manifolds),
+        )
         found.setdefault(key, []).append(path)
     return tuple(Bucket(tuple(paths), *key) for key, paths in found.items())
 
 
-def stacked(plan: Plan, layout: Iterable[Bucket], of: Callable[[Bucket, str], np.ndarray | None]) -> Stacked:
-    """`of(bucket, path)` of every parameter, stacked over each bucket; None where it is None."""
+def batches(plan: Plan, layout: Sequence[Bucket]) -> tuple[Batch, ...]:
+    """The batches of a plan's buckets."""
+    found: dict[tuple, list[int]] = {}
+    for place, bucket in enumerate(layout):
+        sharded = not plan.sharded.isdisjoint(bucket.paths)
+        found.setdefault((bucket.kinds, bucket.view.grid[2:], place if sharded else None), []).append(place)
+    return tuple(
+        Batch(tuple(layout[place] for place in places), tuple(places), joined=alone is None)
+        for (_, _, alone), places in found.items()
+    )
+
+
+def figures(like: Stacked, parts: Iterable[tuple[Batch, Sequence[Array]]]) -> Stacked:
+    """What each batch found for the layers of its buckets, as a `Stacked` with the dtypes of `like`."""
+    values = list(like.values)
+    for batch, own in parts:
+        for place, value in zip(batch.places, own, strict=True):
+            values[place] = value.astype(like.values[place].dtype)
+    return Stacked(tuple(values), like.paths)
+
+
+def stacked(plan: Plan, layout: Iterable[Bucket], of: Callable[[Bucket, Collection], np.ndarray | None]) -> Stacked:
+    """`of(bucket, collection)` of every parameter, stacked over each bucket; None where it is None."""
     values = []
     for bucket in layout:
-        layers = [layer for path in bucket.paths if (layer := of(bucket, path)) is not None]
+        layers = [layer for path in bucket.paths if (layer := of(bucket, plan.collections[path])) is not None]
         values.append(jnp.asarray(np.stack(layers)) if layers else None)
     return Stacked(tuple(values), tuple(bucket.paths for bucket in layout))
 
 
 def kinds_of(plan: Plan, layout: Iterable[Bucket]) -> Stacked:
     """The index in `kinds` of every matrix [layers, inputs, outputs]; None in a bucket of one kind."""
-    return stacked(plan, layout, lambda bucket, path: plan.collections[path].kind if len(bucket.kinds) > 1 else None)
+    return stacked(plan, layout, lambda bucket, collection: collection.kind if len(bucket.kinds) > 1 else None)
 
 
 def groups_of(plan: Plan, layout: Iterable[Bucket]) -> Stacked:
-    """The number of the group of every matrix [layers, inputs, outputs].
+    """What tells the group of every matrix [layers, inputs, outputs] from its place: see `Bucket.grouping`.
 
-    None where it is plain from the number of groups: one group a layer, or one a matrix.
+    Its member where groups are rows or columns; where they are either, the members of column groups count from
+    `members` on. The number of its group where groups are any; None where the place is enough.
     """
-    return stacked(
-        plan,
-        layout,
-        lambda bucket, path: (
-            None if bucket.num_groups in (1, plan.collections[path].group.size) else plan.collections[path].group
-        ),
-    )
+
+    def of(bucket: Bucket, collection: Collection) -> np.ndarray | None:
+        match bucket.grouping:
+            case "layer" | "matrix":
+                return None
+            case "custom":
+                return collection.group
+            case "row or column":
+                # The groups of PIO's columns come first.
+                return (collection.member + bucket.members * (collection.group < collection.group.shape[1])).astype(
+                    np.int8 if 2 * bucket.members < 128 else np.int16
+                )
+        return collection.member
+
+    return stacked(plan, layout, of)
+
+
+def _grouping(collection: Collection) -> Grouping:
+    if collection.num_groups == 1:
+        return "layer"
+    if collection.num_groups == collection.group.size:
+        return "matrix"
+    inputs = collection.group.shape[0]
+    schemes: dict[str, Grouping] = {"PI": "row", "PO": "column", "PIO": "row or column" if inputs > 1 else "row"}
+    return schemes.get(collection.scheme, "custom")

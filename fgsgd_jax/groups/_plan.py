@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ..manifolds import UNSTATED, Euclidean, Manifold
 from ._collection import Collection, describe_manifold
@@ -39,13 +40,22 @@ class Plan:
 
     Its structure and counts are static; `member`, `group` and `gamma` are data that transformations put into their
     states. `order` lists the constrained parameters as the trace met them, with None at normalization layers. Two
-    plans are equal if everything in them is, the seed included.
+    plans are equal if everything in them is, the seed included. `sharded` are the paths of the parameters that were
+    shared out over devices when the plan was made: a hint for the arithmetic, not part of the plan's content.
     """
 
-    def __init__(self, entries: dict[str, Entry], seed: int, order: tuple[str | None, ...] = (), like: Any = None):
+    def __init__(
+        self,
+        entries: dict[str, Entry],
+        seed: int,
+        order: tuple[str | None, ...] = (),
+        like: Any = None,
+        sharded: frozenset[str] = frozenset(),
+    ):
         self.entries = entries
         self.seed = seed
         self.order = order
+        self.sharded = sharded
         self._like = like
 
     def __getitem__(self, path: str) -> Collection | None:
@@ -194,7 +204,13 @@ def plan(
     structure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     trace = gamma if isinstance(gamma, Trace) else trace
     constrained = [path for path, entry in entries.items() if entry.collection and entry.collection.constrained]
-    return Plan(entries, seed, trace.order(constrained) if trace else (), structure)
+    sharded = frozenset(path for path in entries if _is_sharded(leaves[path]))
+    return Plan(entries, seed, trace.order(constrained) if trace else (), structure, sharded)
+
+
+def _is_sharded(leaf: Any) -> bool:
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return sharding is not None and not sharding.is_fully_replicated
 
 
 def _checked_rules(rules) -> list[tuple[Pattern, Scheme | None]]:

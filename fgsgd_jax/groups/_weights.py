@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ..linalg import squared_norm
 from ..manifolds import Mixture
-from ._buckets import Bucket, buckets, kinds_of
+from ._buckets import Batch, Bucket, batches, buckets, kinds_of
 from ._paths import by_path, from_paths
 from ._plan import Plan
 
@@ -41,10 +43,13 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan) -> Any:
       True
     """
     leaves = checked_leaves(params, plan)
-    for bucket, kind in zip(layout := buckets(plan), kinds_of(plan, layout).values, strict=True):
-        keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(path.encode())) for path in bucket.paths])
-        matrices = _draw(bucket.kinds, keys, kind, _gammas(plan, bucket, leaves), bucket.stack(leaves))
-        leaves |= bucket.unstack(matrices, leaves)
+    for batch, kind, gamma in _batches(plan, leaves):
+        own = _of_batch(batch, leaves)
+        z = {
+            path: jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape, batch.dtype(leaves))
+            for path, leaf in own.items()
+        }
+        leaves |= _uniform(batch, kind, gamma, z, own)
     return from_paths(leaves, params)
 
 
@@ -73,15 +78,9 @@ def nearest(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = N
       2.0
     """
     leaves = checked_leaves(params, plan)
-    for bucket, kind in zip(layout := buckets(plan), kinds_of(plan, layout).values, strict=True):
-        x = bucket.stack(leaves)
-        if radii is None:
-            matrices = _nearest(bucket.kinds, kind, _gammas(plan, bucket, leaves), x)
-        elif isinstance(radii, str):
-            matrices = _nearest_fitted(bucket.kinds, kind, x)
-        else:
-            matrices = _nearest(bucket.kinds, kind, _radii(radii, bucket, leaves), x)
-        leaves |= bucket.unstack(matrices, leaves)
+    for batch, kind, gamma in _batches(plan, leaves):
+        radius = _radii(radii, batch, gamma)
+        leaves |= _nearest(batch, kind, radius, _of_batch(batch, leaves))
     return from_paths(leaves, params)
 
 
@@ -99,16 +98,14 @@ def violation(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None =
       the defining equation's residual at radius 1 (no unit).
     """
     leaves, result = checked_leaves(params, plan), {}
-    for bucket, kind in zip(layout := buckets(plan), kinds_of(plan, layout).values, strict=True):
-        x = bucket.stack(leaves)
-        if isinstance(radii, str):
-            scales = Mixture(bucket.kinds, kind).radius_of(x)
-        else:
-            scales = _gammas(plan, bucket, leaves) if radii is None else _radii(radii, bucket, leaves)
-        for path, value in zip(bucket.paths, _violation(bucket.kinds, kind, scales, x), strict=True):
-            if plan.collections[path].constrained:
-                result[path] = value
-    return result
+    for batch, kind, gamma in _batches(plan, leaves):
+        radius = _radii(radii, batch, gamma)
+        violations = _violation(batch, kind, radius, _of_batch(batch, leaves))
+        for bucket, values in zip(batch.buckets, violations, strict=True):
+            for path, value in zip(bucket.paths, values, strict=True):
+                if plan.collections[path].constrained:
+                    result[path] = value
+    return {path: result[path] for path in plan.collections if path in result}
 
 
 def checked_leaves(params: Any, plan: Plan) -> dict[str, Array]:
@@ -132,42 +129,59 @@ def gammas(plan: Plan, bucket: Bucket, dtype: jnp.dtype) -> Float[np.ndarray, "l
     return np.stack([np.broadcast_to(np.asarray(plan.collections[path].gamma, dtype), grid) for path in bucket.paths])
 
 
-def _gammas(plan: Plan, bucket: Bucket, leaves: dict[str, Array]) -> Array:
-    return jnp.asarray(gammas(plan, bucket, bucket.dtype(leaves)))
+def _batches(plan: Plan, leaves: dict[str, Array]) -> Iterator[tuple[Batch, Array | None, Array]]:
+    """The batches of a plan with the kinds and γ of their matrices."""
+    layout = buckets(plan)
+    kinds = kinds_of(plan, layout).values
+    scales = [jnp.asarray(gammas(plan, bucket, bucket.dtype(leaves))) for bucket in layout]
+    for batch in batches(plan, layout):
+        yield batch, batch.flat(batch.own(kinds)), batch.flat(batch.own(scales))
 
 
-def _radii(radii: Radii, bucket: Bucket, leaves: dict[str, Array]) -> Array:
-    grid, dtype = bucket.view.grid[:2], bucket.dtype(leaves)
-    if missing := [path for path in bucket.paths if path not in radii]:
-        raise ValueError(
-            f"radii has no entry for {missing[0]!r}: pass fg.radii(opt_state) of a state made by this plan"
-        )
-    return jnp.stack([jnp.broadcast_to(jnp.asarray(radii[path], dtype), grid) for path in bucket.paths])
+def _of_batch(batch: Batch, leaves: dict[str, Array]) -> dict[str, Array]:
+    return {path: leaves[path] for bucket in batch.buckets for path in bucket.paths}
+
+
+def _radii(radii: Radii | str | None, batch: Batch, gamma: Array) -> Array | None:
+    """The radii of a batch; None for those fitted to the weights."""
+    if radii is None or isinstance(radii, str):
+        return None if radii else gamma
+    grids = []
+    for bucket in batch.buckets:
+        if missing := [path for path in bucket.paths if path not in radii]:
+            raise ValueError(
+                f"radii has no entry for {missing[0]!r}: pass fg.radii(opt_state) of a state made by this plan"
+            )
+        grid = bucket.view.grid[:2]
+        grids.append(jnp.stack([jnp.broadcast_to(jnp.asarray(radii[path]), grid) for path in bucket.paths]))
+    return batch.flat(grids)
+
+
+# One program per batch, with the stacking inside: run one by one, its slices are compiled one by one.
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _draw(kinds, keys, kind, radius, x):
-    def of_layer(key, kind, radius, x):
-        return Mixture(kinds, kind, radius).random_point(key, x)
-
-    return jax.vmap(of_layer)(keys, kind, radius, x)
+def _uniform(batch: Batch, kind, radius, z, leaves):
+    x = batch.stack(leaves)
+    return batch.unstack(Mixture(batch.kinds, kind, radius.astype(x.dtype)).from_gaussian(batch.stack(z), x), leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nearest(kinds, kind, radius, x):
-    return Mixture(kinds, kind, radius).nearest(x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _nearest_fitted(kinds, kind, x):
+def _nearest(batch: Batch, kind, radius, leaves):
+    x = batch.stack(leaves)
+    if radius is not None:
+        return batch.unstack(Mixture(batch.kinds, kind, radius.astype(x.dtype)).nearest(x), leaves)
     # The nearest point of radius 1 has the same direction at every radius; the best radius is <x, y> / <y, y>.
-    y = Mixture(kinds, kind).nearest(x)
-    unit = Mixture(kinds, kind).radius_of(y)
-    length = jnp.sum(x * y, axis=(-2, -1)) / jnp.maximum(jnp.sum(y * y, axis=(-2, -1)), jnp.finfo(x.dtype).tiny)
-    free = Mixture(kinds, kind).constrained(jnp.ones_like(unit)) == 0
-    return jnp.where(free[..., None, None], x, length[..., None, None] * y)
+    y = Mixture(batch.kinds, kind).nearest(x)
+    unit = Mixture(batch.kinds, kind).radius_of(y)
+    length = jnp.sum(x * y, axis=(-2, -1)) / jnp.maximum(squared_norm(y), jnp.finfo(x.dtype).tiny)
+    free = Mixture(batch.kinds, kind).constrained(jnp.ones_like(unit)) == 0
+    return batch.unstack(jnp.where(free[..., None, None], x, length[..., None, None] * y), leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _violation(kinds, kind, radius, x):
-    return jnp.max(Mixture(kinds, kind, radius).violation(x), axis=(1, 2))
+def _violation(batch: Batch, kind, radius, leaves):
+    x = batch.stack(leaves)
+    mixture = Mixture(batch.kinds, kind)
+    mixture = mixture.at(mixture.radius_of(x) if radius is None else radius.astype(x.dtype))
+    return [jnp.max(grid, axis=(1, 2)) for grid in batch.grids(mixture.violation(x))]

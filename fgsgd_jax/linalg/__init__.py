@@ -9,10 +9,24 @@ from ._enclosures import (
 )
 from ._expm import expm as expm
 from ._gram_iteration import gram_iteration as gram_iteration
-from ._newton_schulz import orthonormalize as orthonormalize
-from ._norm import norm as norm
+from ._newton_schulz import (
+    deviation as deviation,
+    inverse_root as inverse_root,
+    iterate as iterate,
+    orthonormalize as orthonormalize,
+    steps_for as steps_for,
+)
+from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import polar as polar
-from ._products import gram as gram, matmul as matmul, sym as sym
+from ._products import (
+    MATRICES_FIRST as MATRICES_FIRST,
+    MATRICES_LAST as MATRICES_LAST,
+    Layout as Layout,
+    gram as gram,
+    layout_for as layout_for,
+    matmul as matmul,
+    sym as sym,
+)
 from ._qr import qf as qf
 from ._spectral import spectral_norm as spectral_norm
 from ._symbol import (

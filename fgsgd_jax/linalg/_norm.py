@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ._products import MATRICES_LAST, layout_for
+
 
 def norm(x: Float[Array, "..."], axis: int | Sequence[int], keepdims: bool = False) -> Float[Array, "..."]:
     """Euclidean norm over `axis`, exact to round-off for entries of any magnitude.
@@ -13,9 +15,28 @@ def norm(x: Float[Array, "..."], axis: int | Sequence[int], keepdims: bool = Fal
     The entries are scaled by the largest, so that `1e30` does not overflow nor `1e-30` vanish in float32.
     The derivative at zero is 0 instead of NaN.
     """
-    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    if axes == (-2, -1) and (layout := layout_for(x.shape)) is not MATRICES_LAST:
+        x = layout.take(x)
+        length = layout.give(_norm(x, layout.sum, layout.max))
+    else:
+        length = _norm(
+            x,
+            lambda x: jnp.sum(x, axis=axes, keepdims=True),
+            lambda x: jnp.max(x, axis=axes, keepdims=True, initial=0.0),
+        )
+    return length if keepdims else jnp.squeeze(length, axis=axes)
+
+
+def _norm(x, total, largest):
+    top = lax.stop_gradient(largest(jnp.abs(x)))
     # The reciprocal of a denormal overflows, so below `tiny` entries are left as they are.
-    scale = jnp.where((largest > jnp.finfo(x.dtype).tiny) & jnp.isfinite(largest), largest, 1)
-    squares = jnp.sum(jnp.square(x / scale), axis=axis, keepdims=True)
-    length = jnp.where(squares == 0, 0, scale * jnp.sqrt(jnp.where(squares == 0, 1, squares)))
-    return length if keepdims else jnp.squeeze(length, axis=tuple(axis) if isinstance(axis, Sequence) else axis)
+    scale = jnp.where((top > jnp.finfo(x.dtype).tiny) & jnp.isfinite(top), top, 1)
+    squares = total(jnp.square(x / scale))
+    return jnp.where(squares == 0, 0, scale * jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+
+
+def squared_norm(x: Float[Array, "*batch n p"]) -> Float[Array, "*batch"]:
+    """Sum of the squared entries of each matrix, as it comes: it may overflow."""
+    layout = layout_for(x.shape)
+    return jnp.squeeze(layout.give(layout.sum(jnp.square(layout.take(x)))), axis=(-2, -1))

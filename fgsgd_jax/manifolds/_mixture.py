@@ -1,13 +1,16 @@
 """A batch of matrices, each on a manifold of its own."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
+from ..linalg import norm
 from ._euclidean import Euclidean
 from ._manifold import Manifold, compute_dtype
+from ._shared_products import displace_together, project_together, share_products
 
 
 @jax.tree_util.register_dataclass
@@ -16,8 +19,9 @@ class Mixture:
     """Matrices of one shape of which `kind` says, one by one, on which of `manifolds` they lie.
 
     `kind` is an integer array over the leading axes (None if there is one manifold), `radius` a number or an array
-    over the leading axes; the manifolds' own radii are not used. Each manifold's arithmetic runs on the whole
-    batch and `kind` selects: elementwise selection keeps shardings and costs less than sorting small matrices.
+    over the leading axes; the manifolds' own radii are not used. Elementwise selection by `kind` keeps shardings and
+    costs less than sorting small matrices. Each manifold's arithmetic runs on the whole batch, except for many small
+    matrices, where all manifolds share the products of a step.
     """
 
     manifolds: tuple[Manifold, ...]
@@ -30,29 +34,33 @@ class Mixture:
 
     def project(self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Projection of `g` onto the tangent space at `x`."""
+        if share_products(self.manifolds, x.shape):
+            return project_together(self.manifolds, self.kind, self.radius, x, g)
         return self._select(lambda m, _, x, g: m.project(x, g), x, g)
 
-    def retract(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
-        """Retraction of the tangent vector `v` at `x`."""
+    def displace(
+        self,
+        x: Float[Array, "*b n p"],
+        w: Float[Array, "*b n p"],
+        radius: Float[Array, "*b"] | None = None,
+        tangent: bool = False,
+    ) -> tuple[Float[Array, "*b n p"], Float[Array, "*b"]]:
+        """The displacement `φ_x(v) - x` along the tangent part v of `w`, and ‖v‖_F/s (0 for Euclidean matrices).
 
-        def retract(manifold, on, x, v):
-            if on is not None:
-                # A retraction may choose its algorithm by the largest step of the batch: show it its own steps only.
-                origin = manifold.origin(x.shape[-2:], compute_dtype(x.dtype)).astype(x.dtype)
-                origin = jnp.broadcast_to(origin, x.shape)
-                x, v = jnp.where(on, x, origin), jnp.where(on, v, 0)
-                manifold = manifold.with_radius(jnp.where(on[..., 0, 0], manifold.radius, 1))
-            return manifold.retract(x, v)
-
-        return self._select(retract, x, v)
+        The point reached is set to the new `radius` if that is given. `tangent` says that `w` has no other part.
+        """
+        if share_products(self.manifolds, x.shape):
+            displacement, ratio = _displace(self.manifolds, tangent, self.kind, self.radius, x, w, radius)
+        else:
+            displacement, ratio = self._displace_each(x, w, radius, tangent)
+        return displacement, self.constrained(ratio)
 
     def nearest(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Nearest points."""
         return self._select(lambda m, _, x: m.nearest(x), x)
 
-    def random_point(self, key: PRNGKeyArray, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
-        """Uniform points; Euclidean matrices stay those of `x`."""
-        z = jax.random.normal(key, x.shape, x.dtype)
+    def from_gaussian(self, z: Float[Array, "*b n p"], x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
+        """Uniform points, made from standard Gaussian matrices `z`; Euclidean matrices are those of `x`."""
         return self._select(lambda m, _, x: x if isinstance(m, Euclidean) else m.from_gaussian(z), x)
 
     def violation(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
@@ -78,6 +86,22 @@ class Mixture:
         x = ones[..., None, None]
         return self._select(lambda m, _, x: 0 * ones if isinstance(m, Euclidean) else ones, x)
 
+    def _displace_each(self, x: Array, w: Array, radius: Array | None, tangent: bool) -> tuple[Array, Array]:
+        def retract(manifold, on, x, v):
+            if on is not None:
+                # A retraction may choose its algorithm by the largest step of the batch: show it its own steps only.
+                origin = manifold.origin(x.shape[-2:], compute_dtype(x.dtype)).astype(x.dtype)
+                origin = jnp.broadcast_to(origin, x.shape)
+                x, v = jnp.where(on, x, origin), jnp.where(on, v, 0)
+                manifold = manifold.with_radius(jnp.where(on[..., 0, 0], manifold.radius, 1))
+            return manifold.retract(x, v)
+
+        v = w if tangent else self.project(x, w)
+        y = self._select(retract, x, v)
+        if radius is not None:
+            y = y * (radius / self.radius)[..., None, None]
+        return y - x, norm(v, (-2, -1)) / self.radius
+
     def _select(self, method, x: Array, *vectors: Array) -> Array:
         if self.kind is None:
             return method(self.manifolds[0].with_radius(self.radius), None, x, *vectors)
@@ -87,3 +111,17 @@ class Mixture:
             result = method(manifold.with_radius(self.radius), on, x, *vectors)
             selected = jnp.where(on if result.ndim == x.ndim else on[..., 0, 0], result, selected) if index else result
         return selected
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _displace(manifolds, tangent: bool, kind, at, x: Array, w: Array, radius: Array | None) -> tuple[Array, Array]:
+    return displace_together(manifolds, kind, at, x, w, radius, tangent)
+
+
+@_displace.defjvp
+def _displace_jvp(manifolds, tangent, primals, tangents):
+    # The number of steps is found at run time and has no derivative; the manifolds' own retractions have one.
+    def displace_each(kind, at, x, w, radius):
+        return Mixture(manifolds, kind, at)._displace_each(x, w, radius, tangent)
+
+    return _displace(manifolds, tangent, *primals), jax.jvp(displace_each, primals, tangents)[1]

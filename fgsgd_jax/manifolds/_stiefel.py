@@ -9,7 +9,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import gmres
 from jaxtyping import Array
 
-from ..linalg import cayley, expm, gram, matmul, norm, orthonormalize, polar, qf, sym
+from ..linalg import MATRICES_LAST, Layout, cayley, expm, gram, matmul, norm, orthonormalize, polar, qf, sym
 from ._manifold import Manifold
 from ._sphere import spherical_log
 
@@ -46,7 +46,7 @@ class Stiefel(Manifold):
 
     def _retract(self, x, v):
         x, v, back = _tall(x, v)
-        v = _shortened(v)
+        v = shortened(v, MATRICES_LAST)
         match self.retraction:
             case "polar":
                 return back(orthonormalize(x + v, x))
@@ -122,10 +122,10 @@ def _tall(*arrays: Array):
     return *(jnp.swapaxes(x, -1, -2) for x in arrays), lambda x: jnp.swapaxes(x, -1, -2)
 
 
-def _shortened(v: Array) -> Array:
+def shortened(v: Array, layout: Layout) -> Array:
     """`v` cut to length eps^-½: beyond, x is lost to round-off in x + v and with it the rank of the sum."""
     longest = jnp.finfo(v.dtype).eps ** -0.5
-    return v * (longest / jnp.maximum(norm(v, (-2, -1), keepdims=True), longest))
+    return v * (longest / jnp.maximum(norm(v, layout.axes, keepdims=True), longest))
 
 
 def _geodesic(x: Array, v: Array) -> Array:

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from ..groups import Plan, Stacked, buckets, from_paths, groups_of, kinds_of
-from ..manifolds import Euclidean, Mixture
-from ._links import check_on_manifold, constrained_leaves
+from ..groups import Plan, batches, buckets, figures, from_paths, groups_of, kinds_of
+from ..manifolds import Euclidean, compute_dtype
+from ._links import check_on_manifold, constrained_leaves, mixtures_of
 from ._normalize import normalized_groups, zeros
-from ._retract import largest_step
+from ._retract import largest
 from ._scale import Scale
 from ._states import FgsgdState
 from ._zeta import Scalar, check_options
@@ -75,8 +75,7 @@ def fgsgd(
     """
     check_options(rho, curvature)
     layout = buckets(plan)
-    paths = tuple(bucket.paths for bucket in layout)
-    collected = set(plan.collections)
+    joined = batches(plan, layout)
     scale = Scale(plan, layout, every, lambda_floor, max_change, warmup, radii)
     inner = optax.scale_by_learning_rate(learning_rate)
     if momentum is not None:
@@ -92,58 +91,51 @@ def fgsgd(
             groups=groups_of(plan, layout),
             radii=started.radii,
             lambdas=started.lambdas,
-            inner=inner.init(working(leaves)),
+            inner=inner.init(in_compute_dtype(leaves)),
             zeta_share=zeros(layout, leaves),
             grad_norm=zeros(layout, leaves),
             step_ratio=zeros(layout, leaves),
         )
 
-    def working(leaves: dict[str, Array]) -> tuple[list[Array], dict[str, Array]]:
-        """What the inner optimizer sees: the stacked matrices, and the other leaves by path."""
-        rest = {path: leaf for path, leaf in leaves.items() if path not in collected}
-        return [bucket.stack(leaves) for bucket in layout], rest
+    def in_compute_dtype(leaves: dict[str, Array]) -> dict[str, Array]:
+        """The leaves as the momentum buffer has them: constraint arithmetic is never rounded to bfloat16."""
+        return {path: x.astype(compute_dtype(x.dtype)) if path in plan.collections else x for path, x in leaves.items()}
 
-    def decay(x: Array) -> Array:
-        return jnp.asarray(weight_decay, x.dtype) * x
+    def decayed(path: str, g: Array, x: Array) -> Array:
+        collection = plan.collections.get(path)
+        free = collection is None or all(isinstance(kind, Euclidean) for kind in collection.kinds)
+        return g + jnp.asarray(weight_decay, g.dtype) * x.astype(g.dtype) if free else g
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.fgsgd")
-        leaves = constrained_leaves(updates, plan, "updates", "fg.fgsgd")
-        xs, _ = working(points)
-        gradients, rest = working(leaves)
-        mixtures = [
-            Mixture(bucket.kinds, kind, radius)
-            for bucket, kind, radius in zip(layout, state.kinds.values, state.radii.values, strict=True)
-        ]
-        directions, shares, norms = [], [], []
-        for bucket, mixture, group, x, g in zip(layout, mixtures, state.groups.values, xs, gradients, strict=True):
-            t, share, norm = normalized_groups(bucket, group, mixture.project(x, g), rho, curvature)
-            directions.append(t + decay(x) if all(isinstance(kind, Euclidean) for kind in bucket.kinds) else t)
-            shares.append(share)
-            norms.append(norm)
+        gradients = constrained_leaves(updates, plan, "updates", "fg.fgsgd")
+        xs = [batch.stack(points) for batch in joined]
+        mixtures = mixtures_of(joined, state.kinds, state.radii)
+        steps, shares, norms, ratios = in_compute_dtype(gradients), [], [], []
+        for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
+            t = mixture.project(x, batch.stack(gradients))
+            t, share, norm = normalized_groups(batch, state.groups, t, rho, curvature)
+            steps |= batch.unstack(t, steps)
+            shares.append((batch, share))
+            norms.append((batch, norm))
+        directions = {path: decayed(path, g, points[path]) for path, g in steps.items()}
         moved: Any
-        moved, inner_state = inner.update(
-            (directions, {path: g + decay(points[path]) for path, g in rest.items()}), state.inner
-        )
-        steps, rest = moved
+        moved, inner_state = inner.update(directions, state.inner)
         rescaled = scale.advance(state.scale, state.kinds, feature_moments)
-        leaves, ratios = leaves | rest, []
-        for bucket, mixture, x, v, radius in zip(layout, mixtures, xs, steps, rescaled.radii.values, strict=True):
-            if momentum is not None:
-                v = mixture.project(x, v)
-            y = mixture.retract(x, v)
-            if every is not None:
-                y = y * (radius / mixture.radius)[..., None, None]
-            leaves |= bucket.unstack(y - x, leaves)
-            ratios.append(largest_step(mixture, v))
+        leaves = dict(moved)
+        for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
+            radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
+            displacement, ratio = mixture.displace(x, batch.stack(moved), radius, tangent=momentum is None)
+            leaves |= batch.unstack(displacement, gradients)
+            ratios.append((batch, largest(batch, ratio)))
         state = state._replace(
             radii=rescaled.radii,
             lambdas=rescaled.lambdas,
             inner=inner_state,
-            zeta_share=Stacked(tuple(shares), paths),
-            grad_norm=Stacked(tuple(norms), paths),
-            step_ratio=Stacked(tuple(ratios), paths),
+            zeta_share=figures(state.zeta_share, shares),
+            grad_norm=figures(state.grad_norm, norms),
+            step_ratio=figures(state.step_ratio, ratios),
         )
         return from_paths(leaves, updates), state
 

@@ -1,5 +1,6 @@
 """What the links of the chain share: finding the constrained weights in a tree, as stacked matrices."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from ..groups import Plan, by_path, violation
+from ..groups import Batch, Plan, Stacked, by_path, violation
+from ..manifolds import Mixture
 
 # A forgotten `initialize` violates by about 1; rounding to bfloat16 by a few of its eps.
 _OFF_MANIFOLD = 1e-3
@@ -31,6 +33,14 @@ def constrained_leaves(tree: Any, plan: Plan, role: str, link: str) -> dict[str,
                 "make the plan from these parameters"
             )
     return leaves
+
+
+def mixtures_of(joined: Sequence[Batch], kinds: Stacked, radii: Stacked) -> list[Mixture]:
+    """The manifolds of every batch at the radii ℜ."""
+    return [
+        Mixture(batch.kinds, batch.flat(batch.own(kinds.values)), batch.flat(batch.own(radii.values)))
+        for batch in joined
+    ]
 
 
 def check_on_manifold(params: Any, plan: Plan, link: str, radii: str) -> None:

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from ..groups import Bucket, Plan, Stacked, buckets, from_paths, groups_of
+from ..groups import Batch, Bucket, Plan, Stacked, batches, buckets, figures, from_paths, groups_of
+from ..linalg import squared_norm
 from ._links import constrained_leaves
 from ._states import NormalizeState
-from ._zeta import Scalar, check_options, group_norms, of_matrices, reciprocal_zeta
+from ._zeta import Scalar, check_options, of_groups, reciprocal_zeta
 
 
 def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) -> optax.GradientTransformationExtraArgs:
@@ -32,6 +33,7 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
     """
     check_options(rho, curvature)
     layout = buckets(plan)
+    joined = batches(plan, layout)
 
     def init(params: Any) -> Any:
         leaves = constrained_leaves(params, plan, "parameters", "fg.normalize_by_zeta")
@@ -41,25 +43,32 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
         del params, extra_args
         leaves = constrained_leaves(updates, plan, "updates", "fg.normalize_by_zeta")
         shares, norms = [], []
-        for bucket, group in zip(layout, state.groups.values, strict=True):
-            normalized, share, norm = normalized_groups(bucket, group, bucket.stack(leaves), rho, curvature)
-            leaves = leaves | bucket.unstack(normalized, leaves)
-            shares.append(share)
-            norms.append(norm)
-        paths = state.groups.paths
-        state = NormalizeState(state.groups, Stacked(tuple(shares), paths), Stacked(tuple(norms), paths))
+        for batch in joined:
+            normalized, share, norm = normalized_groups(batch, state.groups, batch.stack(leaves), rho, curvature)
+            leaves = leaves | batch.unstack(normalized, leaves)
+            shares.append((batch, share))
+            norms.append((batch, norm))
+        state = NormalizeState(state.groups, figures(state.zeta_share, shares), figures(state.grad_norm, norms))
         return from_paths(leaves, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def normalized_groups(bucket: Bucket, group: Array | None, t: Array, rho: Scalar, curvature: Scalar):
-    """The matrices `t` divided by their groups' ζ, and per layer the share of ζ > 1 and the largest R."""
-    r = group_norms(t, group, bucket.num_groups)
-    reciprocal = reciprocal_zeta(r, rho, curvature)
-    scale = of_matrices(reciprocal, group, bucket.view.grid[:2])[..., None, None]
-    share = jnp.mean((reciprocal < 1).astype(t.dtype), axis=1)
-    return scale * t, share, jnp.max(r, axis=1)
+def normalized_groups(
+    batch: Batch, groups: Stacked, t: Array, rho: Scalar, curvature: Scalar
+) -> tuple[Array, list[Array], list[Array]]:
+    """The matrices `t` divided by their groups' ζ; for the layers of each bucket the share of ζ > 1, the largest R."""
+    scales, shares, norms = [], [], []
+    grids = zip(batch.buckets, batch.own(groups.values), batch.grids(squared_norm(t)), strict=True)
+    for bucket, group, squares in grids:
+        own, tables = of_groups(squares, group, bucket)
+        scales.append(jnp.broadcast_to(reciprocal_zeta(jnp.sqrt(own), rho, curvature), squares.shape))
+        r = jnp.sqrt(jnp.concatenate(tables, axis=1))
+        above = jnp.sum(reciprocal_zeta(r, rho, curvature) < 1, axis=1, dtype=t.dtype)
+        shares.append(above / bucket.num_groups)
+        norms.append(jnp.max(r, axis=1))
+    scale = batch.flat(scales)
+    return scale[..., None, None] * t, shares, norms
 
 
 def zeros(layout: tuple[Bucket, ...], leaves: dict[str, Any]) -> Stacked:

@@ -4,11 +4,10 @@ from typing import Any, Literal
 
 import optax
 
-from ..groups import Plan, Stacked, buckets, from_paths, kinds_of
-from ..manifolds import Mixture
-from ._links import check_on_manifold, constrained_leaves
+from ..groups import Plan, batches, buckets, figures, from_paths, kinds_of
+from ._links import check_on_manifold, constrained_leaves, mixtures_of
 from ._normalize import zeros
-from ._retract import largest_step
+from ._retract import largest
 from ._scale import Scale
 from ._states import OnManifoldsState
 
@@ -56,6 +55,7 @@ def on_manifolds(
       True
     """
     layout = buckets(plan)
+    joined = batches(plan, layout)
     scale = Scale(plan, layout, every, lambda_floor, max_change, warmup, radii)
     inner = optax.with_extra_args_support(inner)
 
@@ -68,25 +68,20 @@ def on_manifolds(
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         points = constrained_leaves(params, plan, "parameters", "fg.on_manifolds")
         leaves = constrained_leaves(updates, plan, "updates", "fg.on_manifolds")
-        xs = [bucket.stack(points) for bucket in layout]
-        mixtures = [
-            Mixture(bucket.kinds, kind, radius)
-            for bucket, kind, radius in zip(layout, state.kinds.values, state.radii.values, strict=True)
-        ]
-        for bucket, mixture, x in zip(layout, mixtures, xs, strict=True):
-            leaves |= bucket.unstack(mixture.project(x, bucket.stack(leaves)), leaves)
+        xs = [batch.stack(points) for batch in joined]
+        mixtures = mixtures_of(joined, state.kinds, state.radii)
+        for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
+            leaves |= batch.unstack(mixture.project(x, batch.stack(leaves)), leaves)
         steps, inner_state = inner.update(from_paths(leaves, updates), state.inner, params, **extra_args)
         leaves = constrained_leaves(steps, plan, "updates of the inner optimizer", "fg.on_manifolds")
         rescaled = scale.advance(state.scale, state.kinds, feature_moments)
         ratios = []
-        for bucket, mixture, x, radius in zip(layout, mixtures, xs, rescaled.radii.values, strict=True):
-            v = mixture.project(x, bucket.stack(leaves))
-            y = mixture.retract(x, v)
-            if every is not None:
-                y = y * (radius / mixture.radius)[..., None, None]
-            leaves |= bucket.unstack(y - x, leaves)
-            ratios.append(largest_step(mixture, v))
-        step_ratio = Stacked(tuple(ratios), state.kinds.paths)
+        for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
+            radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
+            displacement, ratio = mixture.displace(x, batch.stack(leaves), radius)
+            leaves |= batch.unstack(displacement, leaves)
+            ratios.append((batch, largest(batch, ratio)))
+        step_ratio = figures(state.step_ratio, ratios)
         return from_paths(leaves, steps), OnManifoldsState(state.kinds, *rescaled, inner_state, step_ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)

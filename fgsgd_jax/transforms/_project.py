@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from ..groups import Plan, buckets, from_paths, kinds_of
+from ..groups import Plan, batches, buckets, from_paths, kinds_of
 from ..manifolds import Mixture
 from ._links import constrained_leaves
 from ._states import ProjectState
@@ -25,6 +25,7 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1, line 5.
     """
     layout = buckets(plan)
+    joined = batches(plan, layout)
 
     def init(params: Any) -> Any:
         constrained_leaves(params, plan, "parameters", "fg.project")
@@ -34,10 +35,10 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.project")
         leaves = constrained_leaves(updates, plan, "updates", "fg.project")
-        for bucket, kind in zip(layout, state.kinds.values, strict=True):
-            x, mixture = bucket.stack(points), Mixture(bucket.kinds, kind)
-            tangent = mixture.at(mixture.radius_of(x)).project(x, bucket.stack(leaves))
-            leaves = leaves | bucket.unstack(tangent, leaves)
+        for batch in joined:
+            x, mixture = batch.stack(points), Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
+            tangent = mixture.at(mixture.radius_of(x)).project(x, batch.stack(leaves))
+            leaves = leaves | batch.unstack(tangent, leaves)
         return from_paths(leaves, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import optax
 
-from ..groups import Plan, buckets, from_paths, kinds_of
+from ..groups import Plan, batches, buckets, from_paths, kinds_of
 from ..manifolds import Mixture
 from ._links import check_on_manifold, constrained_leaves
 from ._scale import Scale
@@ -54,6 +54,7 @@ def rescale(
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, section 4 and eq. 2.
     """
     layout = buckets(plan)
+    joined = batches(plan, layout)
     scale = Scale(plan, layout, every, lambda_floor, max_change, warmup, radii)
 
     def init(params: Any) -> Any:
@@ -67,10 +68,11 @@ def rescale(
         points = constrained_leaves(params, plan, "parameters", "fg.rescale")
         leaves = constrained_leaves(updates, plan, "updates", "fg.rescale")
         state = RescaleState(state.kinds, *scale.advance(state.scale, state.kinds, feature_moments))
-        for bucket, kind, radius in zip(layout, state.kinds.values, state.radii.values, strict=True):
-            x, mixture = bucket.stack(points), Mixture(bucket.kinds, kind, radius)
-            y = mixture.rescale(x + bucket.stack(leaves))
-            leaves = leaves | bucket.unstack(y - x, leaves)
+        for batch in joined:
+            kind, radius = (batch.flat(batch.own(values)) for values in (state.kinds.values, state.radii.values))
+            x = batch.stack(points)
+            y = Mixture(batch.kinds, kind, radius).rescale(x + batch.stack(leaves))
+            leaves = leaves | batch.unstack(y - x, leaves)
         return from_paths(leaves, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from ..groups import Plan, Stacked, buckets, from_paths, kinds_of
-from ..linalg import norm
+from ..groups import Batch, Plan, batches, buckets, figures, from_paths, kinds_of
 from ..manifolds import Mixture
 from ._links import constrained_leaves
 from ._normalize import zeros
@@ -30,6 +29,7 @@ def retract(plan: Plan) -> optax.GradientTransformationExtraArgs:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1, line 7.
     """
     layout = buckets(plan)
+    joined = batches(plan, layout)
 
     def init(params: Any) -> Any:
         leaves = constrained_leaves(params, plan, "parameters", "fg.retract")
@@ -40,18 +40,18 @@ def retract(plan: Plan) -> optax.GradientTransformationExtraArgs:
         points = constrained_leaves(params, plan, "parameters", "fg.retract")
         leaves = constrained_leaves(updates, plan, "updates", "fg.retract")
         ratios = []
-        for bucket, kind in zip(layout, state.kinds.values, strict=True):
-            x, v = bucket.stack(points), bucket.stack(leaves)
-            mixture = Mixture(bucket.kinds, kind)
+        for batch in joined:
+            x, v = batch.stack(points), batch.stack(leaves)
+            mixture = Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
             mixture = mixture.at(mixture.radius_of(x))
-            leaves = leaves | bucket.unstack(mixture.retract(x, v) - x, leaves)
-            ratios.append(largest_step(mixture, v))
-        return from_paths(leaves, updates), RetractState(state.kinds, Stacked(tuple(ratios), state.kinds.paths))
+            displacement, ratio = mixture.displace(x, v, tangent=True)
+            leaves = leaves | batch.unstack(displacement, leaves)
+            ratios.append((batch, largest(batch, ratio)))
+        return from_paths(leaves, updates), RetractState(state.kinds, figures(state.step_ratio, ratios))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def largest_step(mixture: Mixture, v: Array) -> Float[Array, "layers"]:
-    """Largest ‖v‖_F/s of the constrained matrices of each layer."""
-    ratio = norm(v, (-2, -1)) / mixture.radius
-    return jnp.max(mixture.constrained(ratio), axis=(1, 2))
+def largest(batch: Batch, values: Float[Array, "*batch"]) -> list[Float[Array, "layers"]]:
+    """The largest value of each layer, by bucket."""
+    return [jnp.max(grid, axis=(1, 2)) for grid in batch.grids(values)]

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..groups import Bucket
+
 Scalar = float | Float[Array, ""]
 
 
@@ -14,21 +16,34 @@ def check_options(rho: Scalar, curvature: Scalar) -> None:
             raise ValueError(f"{name}={value}: give a number of 0 or more (ρ is a distance, c a bound of |curvature|)")
 
 
-def group_norms(
-    t: Float[Array, "layers inputs outputs rows cols"],
-    group: Int[Array, "layers inputs outputs"] | None,
-    num_groups: int,
-) -> Float[Array, "layers groups"]:
-    """R of eq. 6: the root of the sum of squares over each group of each layer."""
-    squares = jnp.sum(jnp.square(t), axis=(-2, -1))
-    layers = squares.shape[0]
-    if group is None:
-        squares = squares.reshape(layers, num_groups, -1).sum(axis=-1)
-    else:
-        numbers = group + num_groups * jnp.arange(layers, dtype=group.dtype)[:, None, None]
-        squares = jax.ops.segment_sum(squares.ravel(), numbers.ravel(), layers * num_groups)
-        squares = squares.reshape(layers, num_groups)
-    return jnp.sqrt(squares)
+def of_groups(
+    squares: Float[Array, "layers inputs outputs"], group: Int[Array, "layers inputs outputs"] | None, bucket: Bucket
+) -> tuple[Float[Array, "layers #inputs #outputs"], list[Float[Array, "layers _"]]]:
+    """Sums over groups: for every matrix that of its group, and tables that together hold every group once, or 0.
+
+    Rows and columns are summed by masks, which needs no scattered additions and keeps shardings.
+    """
+    match bucket.grouping:
+        case "matrix":
+            return squares, [squares.reshape(len(squares), -1)]
+        case "layer":
+            total = jnp.sum(squares, axis=(1, 2), keepdims=True)
+            return total, [total[:, :, 0]]
+        case "custom":
+            layers, numbers = len(squares), bucket.num_groups
+            assert group is not None
+            keys = group + numbers * jnp.arange(layers, dtype=group.dtype)[:, None, None]
+            sums = jax.ops.segment_sum(squares.ravel(), keys.ravel(), layers * numbers).reshape(layers, numbers)
+            own = jnp.take_along_axis(sums, group.reshape(layers, -1), axis=1)
+            return own.reshape(group.shape), [sums]
+    # Members of rows, of columns, or first those of rows and then those of columns: see `groups_of`.
+    axes = {"row": (2,), "column": (1,), "row or column": (2, 1)}[bucket.grouping]
+    own, tables = jnp.zeros_like(squares), []
+    for code, axis in enumerate(axis for axis in axes for _ in range(bucket.members)):
+        sums = jnp.sum(jnp.where(group == code, squares, 0), axis=axis, keepdims=True)
+        own = jnp.where(group == code, sums, own)
+        tables.append(jnp.squeeze(sums, axis))
+    return own, tables
 
 
 def reciprocal_zeta(r: Float[Array, "..."], rho: Scalar, curvature: Scalar) -> Float[Array, "..."]:
@@ -37,15 +52,3 @@ def reciprocal_zeta(r: Float[Array, "..."], rho: Scalar, curvature: Scalar) -> F
     r = jnp.minimum(r, jnp.finfo(r.dtype).max ** 0.25)
     root_gamma = jnp.maximum(2 * rho + r, jnp.sqrt(jnp.maximum(0, 1 + curvature * (rho + r))))
     return 1 / jnp.maximum(1, r * root_gamma)
-
-
-def of_matrices(
-    values: Float[Array, "layers groups"],
-    group: Int[Array, "layers inputs outputs"] | None,
-    grid: tuple[int, int],
-) -> Float[Array, "layers inputs outputs"]:
-    """The value of each matrix's group."""
-    layers, num_groups = values.shape
-    if group is None:
-        return values.reshape(layers, *(grid if num_groups > 1 else (1, 1)))
-    return jnp.take_along_axis(values, group.reshape(layers, -1), axis=1).reshape(group.shape)

@@ -1,0 +1,120 @@
+"""Batches of matrices on mixed manifolds: the shared products of many small ones are the manifolds' own geometry."""
+
+import functools
+
+import helpers as h
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fgsgd_jax as fg
+from fgsgd_jax.linalg import MATRICES_FIRST, MATRICES_LAST, layout_for
+from fgsgd_jax.manifolds import Mixture
+from fgsgd_jax.manifolds._shared_products import share_products
+
+MIX = (fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean())
+# Above the size from which products are shared, and above that of two chunks, with a remainder.
+COUNTS = {"whole": 1030, "chunked": 2 * 16384 + 5}
+CASES = pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 3), "float32"), ((3, 3), "float64"), ((5, 3), "float32"), ((4, 1), "float32")], ids=str
+)
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+@functools.cache
+def batch(shape, count, dtype, kinds, radius=0.06):
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, len(kinds), count).astype(np.int8)
+    radii = radius * rng.uniform(0.5, 2, count)
+    x = Mixture(kinds, jnp.asarray(kind) if len(kinds) > 1 else None, jnp.asarray(radii)).nearest(
+        jnp.asarray(rng.standard_normal((count, *shape)))
+    )
+    w = radius * rng.standard_normal((count, *shape))
+    mixture = Mixture(kinds, jnp.asarray(kind) if len(kinds) > 1 else None, jnp.asarray(radii, dtype))
+    return mixture, jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+
+
+project = jax.jit(lambda mixture, x, g: mixture.project(x, g))
+displace = jax.jit(lambda m, x, w, radius, tangent: m.displace(x, w, radius, tangent), static_argnums=4)
+
+
+def piecewise(method, mixture, *arrays):
+    """`method` in float64 on pieces too small to share products: the manifolds' own arithmetic."""
+    radius, *arrays = (np.asarray(a, "float64") for a in (mixture.radius, *arrays))
+    whole = [np.asarray(mixture.kind), radius, *arrays]
+    pad = -len(radius) % 515
+    padded = [np.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in whole]
+    pieces = [
+        method(Mixture(mixture.manifolds, kind, radius), *(jnp.asarray(a) for a in rest))
+        for kind, radius, *rest in zip(*(map(jnp.asarray, np.split(a, len(a) // 515)) for a in padded), strict=True)
+    ]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(radius)], *pieces)
+
+
+def test_few_or_large_matrices_keep_the_usual_layout():
+    assert layout_for((1023, 3, 3)) is MATRICES_LAST
+    assert layout_for((1024, 3, 3)) is MATRICES_FIRST
+    assert layout_for((4096, 8, 8)) is MATRICES_LAST
+    assert share_products(MIX, (4096, 3, 3))
+    assert not share_products((fg.Sphere(), fg.Stiefel(retraction="qr")), (4096, 3, 3))
+    assert not share_products(MIX, (4096, 2, 3))
+
+
+@CASES
+def test_shared_projection_is_that_of_each_manifold(shape, dtype):
+    mixture, x, g = batch(shape, COUNTS["whole"], dtype, MIX)
+    expected = piecewise(project, mixture, x, g)
+    np.testing.assert_allclose(project(mixture, x, g), expected, atol=8 * h.EPS[dtype])
+
+
+@CASES
+@pytest.mark.parametrize(("size", "length"), [("whole", 0.003), ("whole", 0.3), ("whole", 30.0), ("chunked", 0.3)])
+def test_shared_retraction_is_that_of_each_manifold(shape, dtype, length, size):
+    """Also where steps are long and the Newton-Schulz iteration takes the safe branch."""
+    if size == "chunked" and (shape, dtype) != ((3, 3), "float32"):
+        pytest.skip("chunks do not depend on the shape nor the dtype")
+    mixture, x, w = batch(shape, COUNTS[size], dtype, MIX)
+    expected, ratio = piecewise(lambda m, x, w: displace(m, x, w, None, False), mixture, x, length * w)
+    displacement, found = displace(mixture, x, length * w, None, False)
+    # Rounding x to float32 changes v by eps, relative to which a long step forgets where it came from.
+    tolerance = (32 + 32 * length) * h.EPS[dtype]
+    np.testing.assert_allclose(displacement, expected, atol=tolerance)
+    np.testing.assert_allclose(found, ratio, rtol=1e-3 if dtype == "float32" else 1e-9)
+    y = np.asarray(x + displacement, "float64")
+    violation = mixture.violation(jnp.asarray(y, dtype))
+    assert np.max(violation) <= 8 * h.EPS[dtype]
+
+
+@DTYPES
+def test_a_tangent_vector_needs_no_projection_and_the_new_radius_is_exact(dtype):
+    mixture, x, w = batch((3, 3), COUNTS["whole"], dtype, MIX)
+    new = mixture.radius * 1.5
+    v = project(mixture, x, w)
+    both = displace(mixture, x, w, new, False)[0]
+    np.testing.assert_allclose(displace(mixture, x, v, new, True)[0], both, atol=16 * h.EPS[dtype])
+    constrained = np.asarray(mixture.kind) != 3
+    assert np.max(np.asarray(mixture.at(new).violation(x + both))[constrained]) <= 16 * h.EPS[dtype]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_matrix_without_a_step_keeps_its_place_and_harms_no_other(bad):
+    mixture, x, w = batch((3, 3), COUNTS["whole"], "float32", MIX[:3])
+    spoilt = w.at[7].set(bad)
+    displacement, _ = displace(mixture, x, spoilt, None, True)
+    clean, _ = displace(mixture, x, w, None, True)
+    others = np.arange(len(w)) != 7
+    np.testing.assert_allclose(np.asarray(displacement)[others], np.asarray(clean)[others], atol=1e-7)
+    assert np.all(np.isfinite(displacement))
+    assert np.max(np.asarray(mixture.violation(x + displacement))) < 1e-6
+
+
+def test_gradient_through_a_shared_step():
+    mixture, x, w = batch((3, 3), COUNTS["whole"], "float64", MIX)
+
+    def loss(w, displace):
+        return jnp.sum(jnp.sin(100 * displace(w)[0]))
+
+    shared = jax.jit(jax.grad(lambda w: loss(w, lambda w: mixture.displace(x, w))))(w)
+    each = jax.jit(jax.grad(lambda w: loss(w, lambda w: mixture._displace_each(x, w, None, False))))(w)
+    np.testing.assert_allclose(shared, each, atol=1e-9)
