@@ -2,6 +2,15 @@
 
 from typing import TYPE_CHECKING
 
+from . import bounds as bounds
+from .bounds import (
+    ConvGeometry as ConvGeometry,
+    certify as certify,
+    conv_norms as conv_norms,
+    generalization_bounds as generalization_bounds,
+    log_lipschitz as log_lipschitz,
+    norms as norms,
+)
 from .features import FeatureMoments as FeatureMoments, psum_moments as psum_moments
 from .groups import (
     PI as PI,

@@ -109,6 +109,7 @@ def test_a_matrix_without_a_step_keeps_its_place_and_harms_no_other(bad):
     assert np.max(np.asarray(mixture.violation(x + displacement))) < 1e-6
 
 
+@pytest.mark.slow
 def test_gradient_through_a_shared_step():
     mixture, x, w = batch((3, 3), COUNTS["whole"], "float64", MIX)
 

@@ -76,7 +76,8 @@ def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Laye
             stacked,
             _radii(layout, radii, stacked.dtype),
             np.stack([collection.kind for collection in layout.collections]),
-            np.stack([_known(of_manifold, layout) for of_manifold in (unit_bounds, table2)]),
+            _known(unit_bounds, layout),
+            _known(table2, layout),
             concatenations(layout),
             bucket.num_groups,
         )
@@ -98,45 +99,45 @@ def _radii(layout: Layout, radii: Radii | None, dtype: jnp.dtype) -> Array:
     return jnp.stack([jnp.broadcast_to(jnp.asarray(radius, dtype), grid) for radius in given])
 
 
-def _known(of_manifold, layout: Layout) -> Float[np.ndarray, "norms kinds"]:
+def _known(of_manifold, layout: Layout) -> Float[np.ndarray, "kinds norms"]:
     """The unit norms of every kind of manifold of a layout; -1 for no entry, -2 for the measured one."""
     shape = layout.bucket.view.grid[2:]
     rows = [of_manifold(kind, shape) for kind in layout.bucket.kinds]
-    return np.array([[_MEASURED if x is None else _NONE if np.isnan(x) else x for x in row] for row in rows]).T
+    return np.array([[_MEASURED if x is None else _NONE if np.isnan(x) else x for x in row] for row in rows])
 
 
 @functools.partial(jax.jit, static_argnames="num_groups")
-def _of_bucket(x, radius, kind, known, groups, num_groups) -> tuple[Array, Array]:
-    """Measured norms, bounds and entries, three each: of groups `[9, layers, groups]` and of layers `[9, layers]`."""
+def _of_bucket(x, radius, kind, unit, entry, groups, num_groups) -> tuple[Array, Array]:
+    """Measured norms, bounds and entries, three each: of groups `[layers, groups, 9]` and of layers `[layers, 9]`."""
     layers, rows, columns = x.shape[0], *x.shape[-2:]
     matrices = x.reshape(-1, rows, columns)
-    known = jnp.asarray(known, x.dtype)[:, :, jnp.asarray(kind).ravel()]
-    unit, entry = known[0], jnp.where(known[1] < 0, known[1], radius.ravel() * known[1])
-    entry = jnp.where(entry == _MEASURED, spectral_norm(matrices), entry)
-    unit = radius.ravel() * unit
+    radius, kind = radius.reshape(-1, 1), jnp.asarray(kind).ravel()
+    unit, entry = (jnp.asarray(known, x.dtype)[kind] for known in (unit, entry))
+    unit = radius * unit
+    entry = jnp.where(entry == _MEASURED, spectral_norm(matrices)[:, None], jnp.where(entry < 0, entry, radius * entry))
 
     def summary(side_by_side: Array, unit: Array, entry: Array) -> Array:
-        measured = jnp.stack([norm(side_by_side, (-2, -1)), spectral_norm(side_by_side), two_to_one(side_by_side)])
-        largest = jnp.max(entry, axis=-1)
+        measured = (norm(side_by_side, (-2, -1)), spectral_norm(side_by_side), two_to_one(side_by_side))
+        bounds = jnp.sqrt(jnp.sum(jnp.square(unit), axis=-2))
+        largest = jnp.max(entry, axis=-2)
         entries = jnp.where(largest < 0, jnp.nan, largest)
-        return jnp.concatenate([measured, jnp.sqrt(jnp.sum(jnp.square(unit), axis=-1)), entries])
+        return jnp.concatenate([jnp.stack(measured, axis=-1), bounds, entries], axis=-1)
 
     # What fills up groups: matrices of zeros, without an entry.
     filled = jnp.concatenate([matrices, jnp.zeros((1, rows, columns), x.dtype)])
-    filled_unit = jnp.pad(unit, ((0, 0), (0, 1)))
-    filled_entry = jnp.pad(entry, ((0, 0), (0, 1)), constant_values=_NONE)
-    of_groups = jnp.zeros((9, layers * num_groups), x.dtype)
+    filled_unit = jnp.pad(unit, ((0, 1), (0, 0)))
+    filled_entry = jnp.pad(entry, ((0, 1), (0, 0)), constant_values=_NONE)
+    of_groups = jnp.zeros((layers * num_groups, 9), x.dtype)
     for numbers, members in groups:
         side_by_side = jnp.moveaxis(filled[members], -3, -2).reshape(len(members), rows, -1)
-        found = summary(side_by_side, filled_unit[:, members], filled_entry[:, members])
-        of_groups = of_groups.at[:, numbers].set(found)
+        of_groups = of_groups.at[numbers].set(summary(side_by_side, filled_unit[members], filled_entry[members]))
     side_by_side = jnp.moveaxis(x.reshape(layers, -1, rows, columns), 1, 2).reshape(layers, rows, -1)
-    of_layers = summary(side_by_side, unit.reshape(3, layers, -1), entry.reshape(3, layers, -1))
-    return of_groups.reshape(9, layers, num_groups), of_layers
+    of_layers = summary(side_by_side, unit.reshape(layers, -1, 3), entry.reshape(layers, -1, 3))
+    return of_groups.reshape(layers, num_groups, 9), of_layers
 
 
 @jax.jit
 def _of_layer(tables: tuple[Array, Array], index: int | Array) -> LayerNorms:
     # The index is traced: sliced at fixed places, every layer would be a program of its own.
-    parts = (jax.lax.dynamic_index_in_dim(table, index, axis=1, keepdims=False) for table in tables)
+    parts = (jnp.moveaxis(jax.lax.dynamic_index_in_dim(table, index, keepdims=False), -1, 0) for table in tables)
     return LayerNorms(*(NormTable(*(Norms(*part[k : k + 3]) for k in (0, 3, 6))) for part in parts))

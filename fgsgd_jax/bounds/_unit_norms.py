@@ -25,8 +25,7 @@ def unit_bounds(manifold: Manifold, shape: tuple[int, int]) -> Norms:
     """
     if isinstance(manifold, Euclidean):
         return Norms(np.inf, np.inf, np.inf)
-    # All points of one of our manifolds have the same Frobenius norm.
-    frobenius = float(np.linalg.norm(np.asarray(manifold.with_radius(1.0).origin(shape), np.float64)))
+    frobenius = manifold._squared_length(shape) ** 0.5
     spectral = 1.0 if isinstance(manifold, Stiefel) else frobenius
     return Norms(frobenius, spectral, shape[0] ** 0.5 * frobenius)
 
