@@ -47,6 +47,7 @@ from .transforms import (
     radii as radii,
     rescale as rescale,
     retract as retract,
+    riemannian_adam as riemannian_adam,
     robbins_monro as robbins_monro,
 )
 

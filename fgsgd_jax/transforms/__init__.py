@@ -6,5 +6,6 @@ from ._on_manifolds import on_manifolds as on_manifolds
 from ._project import project as project
 from ._rescale import rescale as rescale
 from ._retract import retract as retract
+from ._riemannian_adam import riemannian_adam as riemannian_adam
 from ._schedules import robbins_monro as robbins_monro
 from ._states import StepMetrics as StepMetrics, metrics as metrics, radii as radii

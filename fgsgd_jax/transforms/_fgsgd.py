@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from ..groups import Plan, batches, buckets, figures, from_paths, groups_of, kinds_of
 from ..manifolds import Euclidean, compute_dtype
-from ._links import check_on_manifold, constrained_leaves, mixtures_of
+from ._links import check_on_manifold, constrained_leaves, mixtures_of, wider
 from ._normalize import normalized_groups, zeros
 from ._retract import largest
 from ._scale import Scale
@@ -127,7 +127,7 @@ def fgsgd(
         for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
             radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
             displacement, ratio = mixture.displace(x, batch.stack(moved), radius, tangent=momentum is None)
-            leaves |= batch.unstack(displacement, gradients)
+            leaves |= batch.unstack(displacement, wider(points, gradients))
             ratios.append((batch, largest(batch, ratio)))
         state = state._replace(
             radii=rescaled.radii,

@@ -35,6 +35,14 @@ def constrained_leaves(tree: Any, plan: Plan, role: str, link: str) -> dict[str,
     return leaves
 
 
+def wider(points: dict[str, Array], updates: dict[str, Array]) -> dict[str, Array]:
+    """By path whichever has the wider dtype, the point or its update: gradients may be coarser than the weights."""
+    return {
+        path: max(points.get(path, update), update, key=lambda leaf: leaf.dtype.itemsize)
+        for path, update in updates.items()
+    }
+
+
 def mixtures_of(joined: Sequence[Batch], kinds: Stacked, radii: Stacked) -> list[Mixture]:
     """The manifolds of every batch at the radii ℜ."""
     return [

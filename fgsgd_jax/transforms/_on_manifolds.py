@@ -5,7 +5,7 @@ from typing import Any, Literal
 import optax
 
 from ..groups import Plan, batches, buckets, figures, from_paths, kinds_of
-from ._links import check_on_manifold, constrained_leaves, mixtures_of
+from ._links import check_on_manifold, constrained_leaves, mixtures_of, wider
 from ._normalize import zeros
 from ._retract import largest
 from ._scale import Scale
@@ -79,7 +79,7 @@ def on_manifolds(
         for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
             radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
             displacement, ratio = mixture.displace(x, batch.stack(leaves), radius)
-            leaves |= batch.unstack(displacement, leaves)
+            leaves |= batch.unstack(displacement, wider(points, leaves))
             ratios.append((batch, largest(batch, ratio)))
         step_ratio = figures(state.step_ratio, ratios)
         return from_paths(leaves, steps), OnManifoldsState(state.kinds, *rescaled, inner_state, step_ratio)

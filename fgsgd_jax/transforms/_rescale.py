@@ -6,7 +6,7 @@ import optax
 
 from ..groups import Plan, batches, buckets, from_paths, kinds_of
 from ..manifolds import Mixture
-from ._links import check_on_manifold, constrained_leaves
+from ._links import check_on_manifold, constrained_leaves, wider
 from ._scale import Scale
 from ._states import RescaleState
 
@@ -72,7 +72,7 @@ def rescale(
             kind, radius = (batch.flat(batch.own(values)) for values in (state.kinds.values, state.radii.values))
             x = batch.stack(points)
             y = Mixture(batch.kinds, kind, radius).rescale(x + batch.stack(leaves))
-            leaves = leaves | batch.unstack(y - x, leaves)
+            leaves = leaves | batch.unstack(y - x, wider(points, leaves))
         return from_paths(leaves, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

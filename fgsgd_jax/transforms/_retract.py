@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ..groups import Batch, Plan, batches, buckets, figures, from_paths, kinds_of
 from ..manifolds import Mixture
-from ._links import constrained_leaves
+from ._links import constrained_leaves, wider
 from ._normalize import zeros
 from ._states import RetractState
 
@@ -45,7 +45,7 @@ def retract(plan: Plan) -> optax.GradientTransformationExtraArgs:
             mixture = Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
             mixture = mixture.at(mixture.radius_of(x))
             displacement, ratio = mixture.displace(x, v, tangent=True)
-            leaves = leaves | batch.unstack(displacement, leaves)
+            leaves = leaves | batch.unstack(displacement, wider(points, leaves))
             ratios.append((batch, largest(batch, ratio)))
         return from_paths(leaves, updates), RetractState(state.kinds, figures(state.step_ratio, ratios))
 
