@@ -162,7 +162,7 @@ def table1(norms: Sequence[Norms], samples: int, width: int) -> LogBounds:
     return LogBounds(
         neyshabur_2015=depth * math.log(2) + float(frobenius.sum()) - root,
         bartlett_2017=_log_complexity(spectral, two_to_one, 2 / 3) - root,
-        neyshabur_2018=_log_complexity(spectral, frobenius, 2) - root + math.log(max(depth, 1)) + math.log(width) / 2,
+        neyshabur_2018=_log_complexity(spectral, frobenius, 2.0) - root + math.log(max(depth, 1)) + math.log(width) / 2,
     )
 
 
@@ -187,7 +187,7 @@ def of_papers(operators: Sequence[Operator], data: Sample, margin: float, confid
     log_margin, log_samples = math.log(margin), math.log(samples)
     bartlett = total + _log(math.log(widest)) - log_margin - log_samples + _log_complexity(spectral, distance, 2 / 3)
     neyshabur = 2 * longest + 2 * math.log(max(depth, 1)) + math.log(outputs) + _log(math.log(max(depth, 1) * outputs))
-    neyshabur = neyshabur + 2 * _log_complexity(spectral, frobenius, 2)
+    neyshabur = neyshabur + 2 * _log_complexity(spectral, frobenius, 2.0)
     rest = _log(math.log(max(depth, 1) * samples / confidence))
     return LogBounds(
         neyshabur_2015=float((depth - 0.5) * math.log(2) + longest + frobenius.sum() - log_margin - log_samples / 2),

@@ -13,7 +13,7 @@ class Chain:
     windows that do not overlap, (H·W)^-½ for a global mean), or a `Chain` or `Sum`. An empty chain is the identity.
     """
 
-    def __init__(self, *parts: "str | float | Chain | Sum"):
+    def __init__(self, *parts: "str | int | float | Chain | Sum"):
         self.parts = parts
 
     def __repr__(self) -> str:
@@ -23,14 +23,14 @@ class Chain:
 class Sum:
     """Branches on the same input, added: the bound is the sum of theirs. `Sum(1, branch)` is a residual block."""
 
-    def __init__(self, *branches: "str | float | Chain | Sum"):
+    def __init__(self, *branches: "str | int | float | Chain | Sum"):
         self.branches = branches
 
     def __repr__(self) -> str:
         return f"Sum({', '.join(map(repr, self.branches))})"
 
 
-def log_lipschitz(network: "str | float | Chain | Sum", norms: Mapping[str, ConvNorms]) -> float:
+def log_lipschitz(network: "str | int | float | Chain | Sum", norms: Mapping[str, ConvNorms]) -> float:
     """Natural logarithm of an upper bound of a network's Lipschitz constant, in the Euclidean norm.
 
     Products run over the certified norms of the layers, in logarithms because those of deep networks overflow, and are

@@ -108,8 +108,8 @@ def violation(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None =
     return {path: result[path] for path in plan.collections if path in result}
 
 
-def checked_leaves(params: Any, plan: Plan) -> dict[str, Array]:
-    """The leaves by path, if they are those of the plan."""
+def checked_leaves(params: Any, plan: Plan) -> dict[str, Any]:
+    """The leaves by path, arrays of JAX or NumPy, if they are those of the plan."""
     leaves = by_path(params)
     for path in dict.fromkeys([*plan, *leaves]):
         if path not in leaves:

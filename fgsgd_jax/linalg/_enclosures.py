@@ -70,7 +70,8 @@ def _spectral_of_scaled(y: np.ndarray) -> Interval:
 
 def _root(squares: np.ndarray, terms: int) -> Interval:
     """Roots of sums of squares of so many terms, each rounded in any order."""
-    slack = (terms + 4) * _UNIT
+    # The root halves the relative error of its sum; the rest is for its own rounding and those of the last line.
+    slack = (terms / 2 + 4) * _UNIT
     root = np.sqrt(squares)
     return Interval(root * (1 - slack), root * (1 + slack))
 
