@@ -144,7 +144,7 @@ def generalization_bounds(
     groups = table1([getattr(norms.groups, delta) for norms in found.values()], samples, widest)
     if isinstance(data, int):
         return GeneralizationBounds(layers, groups, None, math.nan, math.nan)
-    margin = float(np.quantile(data.margins, margin_share, method="higher"))
+    margin = float(np.quantile(data.margins, margin_share, method="inverted_cdf"))
     loss = float(np.mean(data.margins <= margin))
     if not margin > 0:
         return GeneralizationBounds(layers, groups, LogBounds(math.inf, math.inf, math.inf), margin, loss)
