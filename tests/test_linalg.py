@@ -237,3 +237,32 @@ def test_products_run_at_full_precision(name):
     highest = (jax.lax.Precision.HIGHEST,) * 2
     assert all(eqn.params["precision"] == highest for eqn in dots), {str(eqn.params["precision"]) for eqn in dots}
     assert dots or name == "qf"
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("shape", [(5,), (4096,), (3, 3, 4096), (4096, 3, 3)], ids=str)
+def test_the_largest_entry_is_never_less_than_a_nan(shape, place):
+    """`jnp.max` loses a NaN among thousands of numbers on CPU; every guard of the package depends on this one."""
+    x = np.full(shape, 0.5, np.float32)
+    x.reshape(-1)[place] = np.nan
+    assert jax.jit(lambda x: linalg.largest(jnp.abs(2 * x - 1)))(x) == np.inf
+    assert jax.jit(linalg.largest)(np.nan_to_num(x, nan=7)) == 7
+    assert linalg.largest(jnp.zeros((0, 3)), 0).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("count", [4, 4096])
+def test_orthonormalize_among_many_takes_the_fallback_for_the_bad_one(count):
+    x = np.broadcast_to(np.eye(3, dtype=np.float32), (count, 3, 3))
+    for bad in (np.nan, np.inf, 0.0):
+        y = np.array(x) * 1.1
+        y[-1] = bad
+        np.testing.assert_allclose(orthonormalize(y, x), x, atol=1e-6)
+
+
+def test_exponentials_of_many_matrices_side_by_side():
+    """Two LU solves of so many, in one program, never end on CPU."""
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((28672, 6, 6)).astype(np.float32) / 3
+    first, second = jax.jit(lambda a: (linalg.expm(a), linalg.expm(-a)))(a)
+    eye = np.broadcast_to(np.eye(6, dtype=np.float32), a.shape)
+    np.testing.assert_allclose(np.asarray(first) @ np.asarray(second), eye, atol=1e-3)

@@ -8,10 +8,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..linalg import squared_norm
+from ..linalg import largest, squared_norm
 from ..manifolds import Mixture
+from ._automatic import automatic
 from ._buckets import Batch, Bucket, batches, buckets, kinds_of
 from ._paths import by_path, from_paths
 from ._plan import Plan
@@ -49,8 +51,8 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan) -> Any:
             path: jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape, batch.dtype(leaves))
             for path, leaf in own.items()
         }
-        leaves |= _uniform(batch, kind, gamma, z, own)
-    return from_paths(leaves, params)
+        leaves |= automatic(functools.partial(_uniform, batch), kind, gamma, z, own, like=own)
+    return from_paths(_placed(leaves, params), params)
 
 
 def nearest(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = None) -> Any:
@@ -80,8 +82,9 @@ def nearest(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = N
     leaves = checked_leaves(params, plan)
     for batch, kind, gamma in _batches(plan, leaves):
         radius = _radii(radii, batch, gamma)
-        leaves |= _nearest(batch, kind, radius, _of_batch(batch, leaves))
-    return from_paths(leaves, params)
+        own = _of_batch(batch, leaves)
+        leaves |= automatic(functools.partial(_nearest, batch), kind, radius, own, like=own)
+    return from_paths(_placed(leaves, params), params)
 
 
 def violation(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = None) -> dict[str, Float[Array, ""]]:
@@ -100,7 +103,9 @@ def violation(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None =
     leaves, result = checked_leaves(params, plan), {}
     for batch, kind, gamma in _batches(plan, leaves):
         radius = _radii(radii, batch, gamma)
-        violations = _violation(batch, kind, radius, _of_batch(batch, leaves))
+        own = _of_batch(batch, leaves)
+        whole = [jnp.zeros(len(bucket.paths)) for bucket in batch.buckets]
+        violations = automatic(functools.partial(_violation, batch), kind, radius, own, like=whole)
         for bucket, values in zip(batch.buckets, violations, strict=True):
             for path, value in zip(bucket.paths, values, strict=True):
                 if plan.collections[path].constrained:
@@ -136,6 +141,18 @@ def _batches(plan: Plan, leaves: dict[str, Array]) -> Iterator[tuple[Batch, Arra
     scales = [jnp.asarray(gammas(plan, bucket, bucket.dtype(leaves))) for bucket in layout]
     for batch in batches(plan, layout):
         yield batch, batch.flat(batch.own(kinds)), batch.flat(batch.own(scales))
+
+
+def _placed(leaves: dict[str, Array], like: Any) -> dict[str, Array]:
+    """The leaves shared out as those of `like` are: a compiled program may choose anew."""
+
+    def placed(leaf, before):
+        sharding = None if isinstance(before, Tracer) else getattr(before, "sharding", None)
+        spread = sharding is not None and len(sharding.device_set) > 1
+        return jax.device_put(leaf, sharding) if spread and not isinstance(leaf, Tracer) else leaf
+
+    before = by_path(like)
+    return {path: placed(leaf, before[path]) for path, leaf in leaves.items()}
 
 
 def _of_batch(batch: Batch, leaves: dict[str, Array]) -> dict[str, Array]:
@@ -184,4 +201,4 @@ def _violation(batch: Batch, kind, radius, leaves):
     x = batch.stack(leaves)
     mixture = Mixture(batch.kinds, kind)
     mixture = mixture.at(mixture.radius_of(x) if radius is None else radius.astype(x.dtype))
-    return [jnp.max(grid, axis=(1, 2)) for grid in batch.grids(mixture.violation(x))]
+    return [largest(grid, (1, 2)) for grid in batch.grids(mixture.violation(x))]

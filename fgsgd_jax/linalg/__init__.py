@@ -16,6 +16,7 @@ from ._newton_schulz import (
     orthonormalize as orthonormalize,
     steps_for as steps_for,
 )
+from ._largest import largest as largest
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import polar as polar
 from ._products import (

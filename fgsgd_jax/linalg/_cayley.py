@@ -1,6 +1,7 @@
 """Cayley transform along a tangent vector of the Stiefel manifold."""
 
 import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
 from ._products import gram, matmul
@@ -17,4 +18,6 @@ def cayley(x: Float[Array, "*batch n p"], v: Float[Array, "*batch n p"]) -> Floa
     right = jnp.concatenate([x, -pv], axis=-1)
     small = gram(right, left)
     eye = jnp.broadcast_to(jnp.eye(small.shape[-1], dtype=x.dtype), small.shape)
-    return x + matmul(left, jnp.linalg.solve(eye - small / 2, gram(right, x)))
+    # By QR: two LU solves of many matrices side by side deadlock the thread pool of jaxlib 0.10 on CPU.
+    q, r = jnp.linalg.qr(eye - small / 2)
+    return x + matmul(left, solve_triangular(r, gram(q, gram(right, x))))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ._largest import largest
 from ._polar import polar_differential
 from ._products import Layout, layout_for
 
@@ -50,9 +51,9 @@ def deviation(g: Array, layout: Layout) -> Array:
 
 def steps_for(deviations: Array) -> tuple[Array, Int[Array, ""]]:
     """Whether `inverse_root` serves Grams with these deviations, and how many steps it needs."""
-    largest = jnp.max(deviations, initial=0.0)
-    # Comparisons with NaN are false: a batch with one NaN takes the safe branch.
-    within = jnp.asarray([largest <= bound for bound in _STEPS_FOR_DEVIATION])
+    # A batch with one NaN takes the safe branch.
+    furthest = largest(deviations)
+    within = jnp.asarray([furthest <= bound for bound in _STEPS_FOR_DEVIATION])
     more = 1 if deviations.dtype == jnp.float64 else 0
     return within[-1], 1 + more + jnp.sum(~within, dtype=jnp.int32)
 
@@ -74,9 +75,9 @@ def iterate(y: Array, fallback: Array, layout: Layout) -> Array:
     """Polar factor of `y` by quintic steps on scaled matrices until they converge; `fallback` where they do not."""
     # First by the largest entry, so that no product overflows or vanishes; then by the Gram's ∞-norm, which puts
     # all singular values into (0, 1], where the iteration converges.
-    largest = layout.max(jnp.abs(y))
-    usable = (largest > 0) & jnp.isfinite(largest)
-    z = jnp.where(usable, y / jnp.where(usable, largest, 1), 0)
+    top = layout.max(jnp.abs(y))
+    usable = (top > 0) & jnp.isfinite(top)
+    z = jnp.where(usable, y / jnp.where(usable, top, 1), 0)
     bound = layout.max(layout.sum(jnp.abs(layout.gram(z, z)), 1), 0)
     z = z / jnp.sqrt(jnp.where(usable, bound, 1))
 
@@ -85,7 +86,7 @@ def iterate(y: Array, fallback: Array, layout: Layout) -> Array:
 
     def unconverged(carry):
         _, g, iteration = carry
-        return (jnp.max(deviation(g, layout), initial=0.0) > enough) & (iteration < _MOST_ITERATIONS)
+        return (largest(deviation(g, layout)) > enough) & (iteration < _MOST_ITERATIONS)
 
     def step(carry):
         z, g, iteration = carry

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ._largest import largest
 from ._products import MATRICES_LAST, layout_for
 
 
@@ -23,13 +24,13 @@ def norm(x: Float[Array, "..."], axis: int | Sequence[int], keepdims: bool = Fal
         length = _norm(
             x,
             lambda x: jnp.sum(x, axis=axes, keepdims=True),
-            lambda x: jnp.max(x, axis=axes, keepdims=True, initial=0.0),
+            lambda x: largest(x, axes, keepdims=True),
         )
     return length if keepdims else jnp.squeeze(length, axis=axes)
 
 
-def _norm(x, total, largest):
-    top = lax.stop_gradient(largest(jnp.abs(x)))
+def _norm(x, total, maximum):
+    top = lax.stop_gradient(maximum(jnp.abs(x)))
     # The reciprocal of a denormal overflows, so below `tiny` entries are left as they are.
     scale = jnp.where((top > jnp.finfo(x.dtype).tiny) & jnp.isfinite(top), top, 1)
     squares = total(jnp.square(x / scale))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._largest import largest
 from ._products import gram, matmul
 
 
@@ -15,8 +16,8 @@ def polar(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
     The derivative is that of the polar factor, also where singular values coincide.
     """
     # The factors of an overflowing or denormal matrix are those of its scaled self.
-    largest = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True, initial=0.0)
-    scaled = jnp.where(largest > 0, y / jnp.where(largest > 0, largest, 1), 0)
+    top = largest(jnp.abs(y), (-2, -1), keepdims=True)
+    scaled = jnp.where(top > 0, y / jnp.where(top > 0, top, 1), 0)
     u, _, vh = jnp.linalg.svd(scaled, full_matrices=False)
     u = matmul(u, vh)
     # The product of two orthonormal factors carries both errors; one Newton step removes them.

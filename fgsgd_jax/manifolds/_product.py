@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from ..linalg import largest
 from ._manifold import Manifold
 
 Points = tuple[Array, ...]
@@ -80,7 +81,7 @@ class Product:
 
     def violation(self, x: Points) -> Array:
         """The largest violation of a factor."""
-        return jnp.max(jnp.stack(self._each("violation", x)), axis=0)
+        return largest(jnp.stack(self._each("violation", x)), 0)
 
     def dim(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """The sum of the factors' dimensions, for one shape per factor."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..linalg import norm
+from ..linalg import largest, norm
 from ._manifold import Manifold
 
 
@@ -55,9 +55,10 @@ def _axis_of_smallest(x: Array, axes: tuple[int, ...]) -> Array:
     """The coordinate axis along which the entry of `x` is smallest in absolute value."""
     last = tuple(range(-len(axes), 0))
     moved = jnp.moveaxis(x, axes, last)
-    flat = moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1)
-    index = jnp.argmin(jnp.abs(flat), axis=-1) if flat.shape[-1] else jnp.zeros(flat.shape[:-1], int)
-    return jnp.moveaxis(jax.nn.one_hot(index, flat.shape[-1], dtype=x.dtype).reshape(moved.shape), last, axes)
+    count = math.prod(moved.shape[moved.ndim - len(axes) :])
+    flat = moved.reshape(*moved.shape[: moved.ndim - len(axes)], count)
+    index = jnp.argmin(jnp.abs(flat), axis=-1) if count else jnp.zeros(flat.shape[:-1], int)
+    return jnp.moveaxis(jax.nn.one_hot(index, count, dtype=x.dtype).reshape(moved.shape), last, axes)
 
 
 class Spherical(Manifold):
@@ -90,7 +91,7 @@ class Spherical(Manifold):
         return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), origin)
 
     def _violation(self, x):
-        return jnp.max(jnp.abs(norm(x, self._axes, keepdims=True) - 1), axis=(-2, -1), initial=0.0)
+        return largest(jnp.abs(norm(x, self._axes, keepdims=True) - 1), (-2, -1))
 
 
 @jax.tree_util.register_dataclass

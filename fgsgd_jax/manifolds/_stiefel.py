@@ -9,7 +9,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import gmres
 from jaxtyping import Array
 
-from ..linalg import MATRICES_LAST, Layout, cayley, expm, gram, matmul, norm, orthonormalize, polar, qf, sym
+from ..linalg import MATRICES_LAST, Layout, cayley, expm, gram, largest, matmul, norm, orthonormalize, polar, qf, sym
 from ._manifold import Manifold
 from ._sphere import spherical_log
 
@@ -87,7 +87,7 @@ class Stiefel(Manifold):
         x, _ = _tall(x)
         g = gram(x, x)
         residual = g - jnp.broadcast_to(jnp.eye(g.shape[-1], dtype=g.dtype), g.shape)
-        return jnp.max(jnp.abs(residual), axis=(-2, -1), initial=0.0)
+        return largest(jnp.abs(residual), (-2, -1))
 
     def _from_gaussian(self, z):
         z, back = _tall(z)
@@ -131,11 +131,15 @@ def shortened(v: Array, layout: Layout) -> Array:
 def _geodesic(x: Array, v: Array) -> Array:
     """Geodesic of the embedded metric at time 1 (Edelman et al. 1998, eq. 2.42), by 2p×2p exponentials."""
     p = x.shape[-1]
-    a, s = gram(x, v), gram(v, v)
+    # In the direction of v, so that both halves of the block are of the order of its length.
+    length = lax.stop_gradient(norm(v, (-2, -1), keepdims=True))
+    length = jnp.where(length > 0, length, 1)
+    u = v / length
+    a, s = gram(x, v), gram(u, v)
     eye = jnp.broadcast_to(jnp.eye(p, dtype=x.dtype), a.shape)
-    block = jnp.concatenate([jnp.concatenate([a, -s], axis=-1), jnp.concatenate([eye, a], axis=-1)], axis=-2)
+    block = jnp.concatenate([jnp.concatenate([a, -s], axis=-1), jnp.concatenate([length * eye, a], axis=-1)], axis=-2)
     columns = expm(block)[..., :, :p]
-    return matmul(matmul(jnp.concatenate([x, v], axis=-1), columns), expm(-a))
+    return matmul(matmul(jnp.concatenate([x, u], axis=-1), columns), expm(-a))
 
 
 def _rotation_log(x: Array, y: Array) -> Array:
@@ -170,7 +174,7 @@ def _shooting_log(x: Array, y: Array) -> Array:
 
     def missing(carry):
         _, miss, shots = carry
-        return (jnp.max(norm(miss, (-2, -1)), initial=0.0) > tolerance) & (shots < _MOST_SHOTS)
+        return (largest(norm(miss, (-2, -1))) > tolerance) & (shots < _MOST_SHOTS)
 
     def shoot(carry):
         v, miss, shots = carry
