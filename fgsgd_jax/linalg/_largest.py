@@ -1,0 +1,18 @@
+"""Maximum that no NaN escapes."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def largest(
+    x: Float[Array, "..."], axis: int | Sequence[int] | None = None, keepdims: bool = False
+) -> Float[Array, "..."]:
+    """Maximum over `axis` of entries that are not negative, 0 of none; NaN counts as infinite.
+
+    `jnp.max` is no substitute: jaxlib 0.10 on CPU loses a NaN among a few thousand numbers, and can return -inf for
+    them. A guard or a figure of feasibility that is built on it would pass a weight that is not a number.
+    """
+    axis = tuple(axis) if isinstance(axis, Sequence) else axis
+    return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x), axis=axis, keepdims=keepdims, initial=0.0)
