@@ -5,8 +5,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+import fgsgd_jax as fg
+
 from ._state import Glance, TrainState
 from ._trainer import Trainer
+
+Report = Callable[[TrainState, fg.Plan | None], dict[str, Any]]
 
 
 @runtime_checkable
@@ -23,7 +27,13 @@ class Observer(Protocol):
         """Where the state is to be saved."""
 
 
-def fit(trainer: Trainer, state: TrainState, observer: Observer, checkpoint_every: int | None = None) -> TrainState:
+def fit(
+    trainer: Trainer,
+    state: TrainState,
+    observer: Observer,
+    checkpoint_every: int | None = None,
+    report: Report | None = None,
+) -> TrainState:
     """Train to the last epoch, from wherever the state stands.
 
     Args:
@@ -31,6 +41,7 @@ def fit(trainer: Trainer, state: TrainState, observer: Observer, checkpoint_ever
         state: from `trainer.start`, or a saved one. Its buffers are given away.
         observer: is told of progress, epochs and checkpoints.
         checkpoint_every: steps between checkpoints; an epoch where left out. The last step is one in any case.
+        report: what makes an epoch's line for the log; `trainer.report` where left out.
 
     Returns:
         The state after the last step.
@@ -55,7 +66,7 @@ def fit(trainer: Trainer, state: TrainState, observer: Observer, checkpoint_ever
                 observer.checkpoint(step, state)
         jax.block_until_ready(state)
         trained = time.perf_counter()
-        record = trainer.report(state, plan)
+        record = (report or trainer.report)(state, plan)
         tested = time.perf_counter()
         timing = {
             "train": trained - began,

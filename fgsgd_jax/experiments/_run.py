@@ -14,8 +14,9 @@ from ._checkpoints import Checkpoints
 from ._config import TrainConfig
 from ._data import ImageSet, load
 from ._errors import UsageError
-from ._fit import fit
+from ._fit import Report, fit
 from ._log import MetricsLog, Record
+from ._measures import Measurer
 from ._picture import draw, draw_scales
 from ._progress import ProgressDisplay
 from ._state import Glance, TrainState
@@ -46,6 +47,7 @@ def run(
     checkpoint_every: int | None = None,
     console: Console | None = None,
     line_every: int = 1,
+    report_bounds: bool = False,
 ) -> Result:
     """Train to the end in a folder of its own.
 
@@ -57,6 +59,7 @@ def run(
         checkpoint_every: steps between checkpoints; an epoch where left out.
         console: where to show progress.
         line_every: print every so manieth epoch.
+        report_bounds: log what `Measures.record` has of every epoch, as `bounds`.
 
     Returns:
         The log's lines and the last state.
@@ -82,6 +85,8 @@ def run(
         header = {"config": config.to_dict(), "data": trainer.data.fingerprint(), "versions": versions()}
         _create(log, header)
 
+    report = _with_bounds(trainer, Measurer(trainer, state.params)) if report_bounds else trainer.report
+
     records: list[Record] = []
     checkpoints = Checkpoints(folder / CHECKPOINTS)
     try:
@@ -91,13 +96,20 @@ def run(
             console.print(f"resuming after step {int(state.step)} of {trainer.total_steps}", highlight=False)
         with ProgressDisplay(console, trainer, line_every) as display:
             observer = _Keeper(log, records, checkpoints, _about(config, plan), display)
-            state = fit(trainer, state, observer, checkpoint_every)
+            state = fit(trainer, state, observer, checkpoint_every, report)
     finally:
         checkpoints.close()
     draw({f"{config.model}, {config.scheme}": records}, folder / PICTURE)
     if config.lambda_ == "epoch":
         draw_scales(records, folder / SCALES)
     return Result(folder, records, state)
+
+
+def _with_bounds(trainer: Trainer, measurer: Measurer) -> Report:
+    def report(state: TrainState, plan: fg.Plan | None) -> Record:
+        return trainer.report(state, plan) | {"bounds": measurer(state, plan).record()}
+
+    return report
 
 
 def load_for(config: TrainConfig) -> ImageSet:

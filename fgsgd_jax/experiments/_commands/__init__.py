@@ -1,5 +1,6 @@
 """The subcommands of `fgsgd`, each in a file of its own."""
 
+from ._bounds import Bounds
 from ._command import Command as Command
 from ._demo import Demo
 from ._train import Train
@@ -7,4 +8,5 @@ from ._train import Train
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "demo": Demo,
+    "bounds": Bounds,
 }

@@ -23,6 +23,8 @@ class Train(Command):
     """Go on from the last checkpoint of the run directory. Options left out are those that the run began with."""
     checkpoint_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS")] = None
     """Steps between checkpoints; an epoch where left out."""
+    report_bounds: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Log certificates, the Lipschitz bound and the generalization bounds after every epoch."""
 
     def defaults(self) -> "Train | None":
         """What options left out stand for, where that depends on those given: a resumed run keeps its own."""
@@ -48,6 +50,7 @@ class Train(Command):
             self.folder(),
             resume=self.resume,
             checkpoint_every=self.checkpoint_every,
+            report_bounds=self.report_bounds,
             console=console,
         )
         test = result.records[-1]["test"]
