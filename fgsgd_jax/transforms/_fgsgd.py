@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from ..groups import Plan, batches, buckets, figures, from_paths, groups_of, kinds_of
+from ..groups import Plan, automatic, batches, buckets, figures, from_paths, groups_of, kinds_of
 from ..manifolds import Euclidean, compute_dtype
-from ._links import check_on_manifold, constrained_leaves, mixtures_of, wider
+from ._links import check_on_manifold, check_still_on_manifold, constrained, constrained_leaves, mixtures_of, wider
 from ._normalize import normalized_groups, zeros
-from ._retract import largest
+from ._retract import largest_by_layer
 from ._scale import Scale
 from ._states import FgsgdState
 from ._zeta import Scalar, check_options
@@ -55,7 +55,7 @@ def fgsgd(
       A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: in `init` outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1.
@@ -109,34 +109,52 @@ def fgsgd(
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.fgsgd")
+        check_still_on_manifold(params, plan, "fg.fgsgd", state.radii)
         gradients = constrained_leaves(updates, plan, "updates", "fg.fgsgd")
-        xs = [batch.stack(points) for batch in joined]
-        mixtures = mixtures_of(joined, state.kinds, state.radii)
-        steps, shares, norms, ratios = in_compute_dtype(gradients), [], [], []
-        for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
-            t = mixture.project(x, batch.stack(gradients))
-            t, share, norm = normalized_groups(batch, state.groups, t, rho, curvature)
-            steps |= batch.unstack(t, steps)
-            shares.append((batch, share))
-            norms.append((batch, norm))
-        directions = {path: decayed(path, g, points[path]) for path, g in steps.items()}
+        own, whole = state._replace(inner=None), constrained(plan, points)
+        steps, shares, norms = automatic(
+            normalized, points, gradients, own, rho, curvature, like=(whole, state.zeta_share, state.grad_norm)
+        )
+        directions = {path: decayed(path, g, points[path]) for path, g in (gradients | steps).items()}
         moved: Any
         moved, inner_state = inner.update(directions, state.inner)
-        rescaled = scale.advance(state.scale, state.kinds, feature_moments)
-        leaves = dict(moved)
-        for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
-            radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
-            displacement, ratio = mixture.displace(x, batch.stack(moved), radius, tangent=momentum is None)
-            leaves |= batch.unstack(displacement, wider(points, gradients))
-            ratios.append((batch, largest(batch, ratio)))
+        displacements, rescaled, ratios = automatic(
+            displaced,
+            points,
+            gradients,
+            moved,
+            own,
+            feature_moments,
+            like=(whole, state.scale, state.step_ratio),
+        )
         state = state._replace(
             radii=rescaled.radii,
             lambdas=rescaled.lambdas,
             inner=inner_state,
-            zeta_share=figures(state.zeta_share, shares),
-            grad_norm=figures(state.grad_norm, norms),
-            step_ratio=figures(state.step_ratio, ratios),
+            zeta_share=shares,
+            grad_norm=norms,
+            step_ratio=ratios,
         )
-        return from_paths(leaves, updates), state
+        return from_paths(moved | displacements, updates), state
+
+    def normalized(points: Any, gradients: Any, state: Any, rho: Scalar, curvature: Scalar) -> Any:
+        like, steps, shares, norms = in_compute_dtype(gradients), {}, [], []
+        for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
+            t = mixture.project(batch.stack(points), batch.stack(gradients))
+            t, share, norm = normalized_groups(batch, state.groups, t, rho, curvature)
+            steps |= batch.unstack(t, like)
+            shares.append((batch, share))
+            norms.append((batch, norm))
+        return steps, figures(state.zeta_share, shares), figures(state.grad_norm, norms)
+
+    def displaced(points: Any, gradients: Any, moved: Any, state: Any, feature_moments: Any) -> Any:
+        rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []
+        for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
+            radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
+            v = batch.stack(moved)
+            displacement, ratio = mixture.displace(batch.stack(points), v, radius, tangent=momentum is None)
+            displacements |= batch.unstack(displacement, wider(points, gradients))
+            ratios.append((batch, largest_by_layer(batch, ratio)))
+        return displacements, rescaled, figures(state.step_ratio, ratios)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -25,14 +25,25 @@ def constrained_leaves(tree: Any, plan: Plan, role: str, link: str) -> dict[str,
         if path not in leaves:
             raise ValueError(
                 f"{link}: the {role} lack the leaf {path!r}, which the plan constrains; a wrapper that flattens, "
-                f"renames or masks weights must stay outside the constrained ones. The paths are {list(leaves)[:8]}"
+                "renames or hides weights goes inside, as in fg.on_manifolds(optax.flatten(optimizer), plan). The "
+                f"paths are {list(leaves)[:8]}"
             )
         if leaves[path].shape != plan.entries[path].shape:
             raise ValueError(
                 f"{link}: {path} has shape {leaves[path].shape} in the {role}, {plan.entries[path].shape} in the plan: "
-                "make the plan from these parameters"
+                + (
+                    "gradients by example are aggregated before, as in optax.chain(optax.contrib."
+                    f"differentially_private_aggregate(...), {link}(...))"
+                    if leaves[path].shape[1:] == plan.entries[path].shape
+                    else "make the plan from these parameters"
+                )
             )
     return leaves
+
+
+def constrained(plan: Plan, leaves: dict[str, Array]) -> dict[str, Array]:
+    """The leaves that have a collection."""
+    return {path: leaves[path] for path in plan.collections}
 
 
 def wider(points: dict[str, Array], updates: dict[str, Array]) -> dict[str, Array]:
@@ -53,15 +64,39 @@ def mixtures_of(joined: Sequence[Batch], kinds: Stacked, radii: Stacked) -> list
 
 def check_on_manifold(params: Any, plan: Plan, link: str, radii: str) -> None:
     """Raises if concrete parameters are off their manifolds; under jit nothing can be said."""
+    for path, found in _violations(params, plan, None if radii == "gamma" else "fitted").items():
+        collection = plan.collections[path]
+        raise ValueError(
+            f"{link}: {path} is off its manifolds ({', '.join(type(kind).__name__ for kind in collection.kinds)}; "
+            f"γ = {np.min(collection.gamma):.3g}) by {found:.2g}. Start from "
+            "fg.initialize(key, params, plan), or keep these weights with fg.nearest(params, plan); to keep their "
+            "scales too, write radii='fitted' in both"
+        )
+
+
+def check_still_on_manifold(params: Any, plan: Plan, link: str, radii: Stacked) -> None:
+    """Raises if concrete parameters have left their manifolds during the training."""
+    if any(isinstance(radius, Tracer) for radius in radii.values):
+        return
+    for path, found in _violations(params, plan, radii.by_path()).items():
+        raise ValueError(
+            f"{link}: {path} has left its manifolds by {found:.2g} since the last step: something around {link} "
+            "changes its displacements, or the weights (optax.ema, apply_every, lookahead, reduce_on_plateau, "
+            "contrib.mechanize, contrib.schedule_free, averages). Put that inside, as in "
+            "fg.on_manifolds(optax.chain(optimizer, optax.ema(0.9)), plan), or bring the weights back with "
+            "fg.nearest(params, plan, fg.radii(opt_state))"
+        )
+
+
+def _violations(params: Any, plan: Plan, radii: Any) -> dict[str, float]:
+    """Of the parameters that are further off than rounding explains; of none where they cannot be looked at."""
     leaves = by_path(params)
     if any(path not in leaves or isinstance(leaves[path], (Tracer, jax.ShapeDtypeStruct)) for path in plan):
-        return
-    for path, found in violation(params, plan, radii=None if radii == "gamma" else "fitted").items():
-        if not float(found) <= max(_OFF_MANIFOLD, 16 * float(jnp.finfo(leaves[path].dtype).eps)):
-            collection = plan.collections[path]
-            raise ValueError(
-                f"{link}: {path} is off its manifolds ({', '.join(type(kind).__name__ for kind in collection.kinds)}; "
-                f"γ = {np.min(collection.gamma):.3g}) by {float(found):.2g}. Start from "
-                "fg.initialize(key, params, plan), or keep these weights with fg.nearest(params, plan); to keep their "
-                "scales too, write radii='fitted' in both"
-            )
+        return {}
+    return {
+        path: float(found)
+        for path, found in violation(params, plan, radii).items()
+        # Inside `lax.cond` even what is made of known numbers is traced.
+        if not isinstance(found, Tracer)
+        and not float(found) <= max(_OFF_MANIFOLD, 16 * float(jnp.finfo(leaves[path].dtype).eps))
+    }

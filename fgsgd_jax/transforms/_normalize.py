@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from ..groups import Batch, Bucket, Plan, Stacked, batches, buckets, figures, from_paths, groups_of
-from ..linalg import squared_norm
-from ._links import constrained_leaves
+from ..groups import Batch, Bucket, Plan, Stacked, automatic, batches, buckets, figures, from_paths, groups_of
+from ..linalg import largest, squared_norm
+from ._links import constrained, constrained_leaves
 from ._states import NormalizeState
 from ._zeta import Scalar, check_options, of_groups, reciprocal_zeta
 
@@ -42,14 +42,18 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del params, extra_args
         leaves = constrained_leaves(updates, plan, "updates", "fg.normalize_by_zeta")
-        shares, norms = [], []
+        like = constrained(plan, leaves), state
+        steps, state = automatic(normalized, leaves, state, rho, curvature, like=like)
+        return from_paths(leaves | steps, updates), state
+
+    def normalized(leaves: dict[str, Array], state: Any, rho: Scalar, curvature: Scalar) -> tuple[dict, Any]:
+        steps, shares, norms = {}, [], []
         for batch in joined:
-            normalized, share, norm = normalized_groups(batch, state.groups, batch.stack(leaves), rho, curvature)
-            leaves = leaves | batch.unstack(normalized, leaves)
+            step, share, norm = normalized_groups(batch, state.groups, batch.stack(leaves), rho, curvature)
+            steps |= batch.unstack(step, leaves)
             shares.append((batch, share))
             norms.append((batch, norm))
-        state = NormalizeState(state.groups, figures(state.zeta_share, shares), figures(state.grad_norm, norms))
-        return from_paths(leaves, updates), state
+        return steps, NormalizeState(state.groups, figures(state.zeta_share, shares), figures(state.grad_norm, norms))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -66,7 +70,7 @@ def normalized_groups(
         r = jnp.sqrt(jnp.concatenate(tables, axis=1))
         above = jnp.sum(reciprocal_zeta(r, rho, curvature) < 1, axis=1, dtype=t.dtype)
         shares.append(above / bucket.num_groups)
-        norms.append(jnp.max(r, axis=1))
+        norms.append(largest(r, 1))
     scale = batch.flat(scales)
     return scale[..., None, None] * t, shares, norms
 

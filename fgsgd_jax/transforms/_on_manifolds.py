@@ -3,11 +3,12 @@
 from typing import Any, Literal
 
 import optax
+from jaxtyping import Array
 
-from ..groups import Plan, batches, buckets, figures, from_paths, kinds_of
-from ._links import check_on_manifold, constrained_leaves, mixtures_of, wider
+from ..groups import Plan, Stacked, automatic, batches, buckets, figures, from_paths, kinds_of
+from ._links import check_on_manifold, check_still_on_manifold, constrained, constrained_leaves, mixtures_of, wider
 from ._normalize import zeros
-from ._retract import largest
+from ._retract import largest_by_layer
 from ._scale import Scale
 from ._states import OnManifoldsState
 
@@ -40,7 +41,7 @@ def on_manifolds(
       A transformation whose `update` needs `params` and takes `feature_moments`; other extra arguments go to `inner`.
 
     Raises:
-      ValueError: in `init` outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -63,25 +64,43 @@ def on_manifolds(
         leaves = constrained_leaves(params, plan, "parameters", "fg.on_manifolds")
         check_on_manifold(params, plan, "fg.on_manifolds", radii)
         kinds = kinds_of(plan, layout)
-        return OnManifoldsState(kinds, *scale.init(kinds, leaves), inner.init(params), zeros(layout, leaves))
+        try:
+            started = inner.init(params)
+        except AttributeError as error:
+            raise TypeError(
+                f"fg.on_manifolds: the inner optimizer cannot start from these parameters ({error}). One with "
+                "parameters of its own, like optax.lookahead, has to be left out: average the weights in the training "
+                "loop and bring them back with fg.nearest(params, plan)"
+            ) from error
+        return OnManifoldsState(kinds, *scale.init(kinds, leaves), started, zeros(layout, leaves))
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         points = constrained_leaves(params, plan, "parameters", "fg.on_manifolds")
+        check_still_on_manifold(params, plan, "fg.on_manifolds", state.radii)
         leaves = constrained_leaves(updates, plan, "updates", "fg.on_manifolds")
-        xs = [batch.stack(points) for batch in joined]
-        mixtures = mixtures_of(joined, state.kinds, state.radii)
-        for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
-            leaves |= batch.unstack(mixture.project(x, batch.stack(leaves)), leaves)
+        whole = constrained(plan, points)
+        leaves |= automatic(projected, points, leaves, state.kinds, state.radii, like=whole)
         steps, inner_state = inner.update(from_paths(leaves, updates), state.inner, params, **extra_args)
         leaves = constrained_leaves(steps, plan, "updates of the inner optimizer", "fg.on_manifolds")
-        rescaled = scale.advance(state.scale, state.kinds, feature_moments)
-        ratios = []
-        for batch, mixture, x in zip(joined, mixtures, xs, strict=True):
+        own = state._replace(inner=None)
+        like = whole, state.scale, state.step_ratio
+        displacements, rescaled, ratio = automatic(displaced, points, leaves, own, feature_moments, like=like)
+        state = state._replace(radii=rescaled.radii, lambdas=rescaled.lambdas, inner=inner_state, step_ratio=ratio)
+        return from_paths(leaves | displacements, steps), state
+
+    def projected(points: Any, leaves: Any, kinds: Stacked, radii: Stacked) -> dict[str, Array]:
+        tangents = {}
+        for batch, mixture in zip(joined, mixtures_of(joined, kinds, radii), strict=True):
+            tangents |= batch.unstack(mixture.project(batch.stack(points), batch.stack(leaves)), leaves)
+        return tangents
+
+    def displaced(points: Any, leaves: Any, state: Any, feature_moments: Any) -> tuple[dict, Any, Stacked]:
+        rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []
+        for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
             radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
-            displacement, ratio = mixture.displace(x, batch.stack(leaves), radius)
-            leaves |= batch.unstack(displacement, wider(points, leaves))
-            ratios.append((batch, largest(batch, ratio)))
-        step_ratio = figures(state.step_ratio, ratios)
-        return from_paths(leaves, steps), OnManifoldsState(state.kinds, *rescaled, inner_state, step_ratio)
+            displacement, ratio = mixture.displace(batch.stack(points), batch.stack(leaves), radius)
+            displacements |= batch.unstack(displacement, wider(points, leaves))
+            ratios.append((batch, largest_by_layer(batch, ratio)))
+        return displacements, rescaled, figures(state.step_ratio, ratios)
 
     return optax.GradientTransformationExtraArgs(init, update)

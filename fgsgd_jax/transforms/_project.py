@@ -3,10 +3,11 @@
 from typing import Any
 
 import optax
+from jaxtyping import Array
 
-from ..groups import Plan, batches, buckets, from_paths, kinds_of
+from ..groups import Plan, Stacked, automatic, batches, buckets, from_paths, kinds_of
 from ..manifolds import Mixture
-from ._links import constrained_leaves
+from ._links import constrained, constrained_leaves
 from ._states import ProjectState
 
 
@@ -35,10 +36,15 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.project")
         leaves = constrained_leaves(updates, plan, "updates", "fg.project")
+        tangents = automatic(projected, points, leaves, state.kinds, like=constrained(plan, points))
+        return from_paths(leaves | tangents, updates), state
+
+    def projected(points: dict[str, Array], leaves: dict[str, Array], kinds: Stacked) -> dict[str, Array]:
+        tangents = {}
         for batch in joined:
-            x, mixture = batch.stack(points), Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
+            x, mixture = batch.stack(points), Mixture(batch.kinds, batch.flat(batch.own(kinds.values)))
             tangent = mixture.at(mixture.radius_of(x)).project(x, batch.stack(leaves))
-            leaves = leaves | batch.unstack(tangent, leaves)
-        return from_paths(leaves, updates), state
+            tangents |= batch.unstack(tangent, leaves)
+        return tangents
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -3,10 +3,11 @@
 from typing import Any, Literal
 
 import optax
+from jaxtyping import Array
 
-from ..groups import Plan, batches, buckets, from_paths, kinds_of
+from ..groups import Plan, automatic, batches, buckets, from_paths, kinds_of
 from ..manifolds import Mixture
-from ._links import check_on_manifold, constrained_leaves, wider
+from ._links import check_on_manifold, constrained, constrained_leaves, wider
 from ._scale import Scale
 from ._states import RescaleState
 
@@ -67,12 +68,17 @@ def rescale(
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.rescale")
         leaves = constrained_leaves(updates, plan, "updates", "fg.rescale")
-        state = RescaleState(state.kinds, *scale.advance(state.scale, state.kinds, feature_moments))
+        like = constrained(plan, points), state.scale
+        displacements, rescaled = automatic(rescaled_points, points, leaves, state, feature_moments, like=like)
+        return from_paths(leaves | displacements, updates), RescaleState(state.kinds, *rescaled)
+
+    def rescaled_points(points: dict[str, Array], leaves: dict[str, Array], state: Any, feature_moments: Any) -> Any:
+        rescaled, displacements = scale.advance(state.scale, state.kinds, feature_moments), {}
         for batch in joined:
-            kind, radius = (batch.flat(batch.own(values)) for values in (state.kinds.values, state.radii.values))
+            kind, radius = (batch.flat(batch.own(values)) for values in (state.kinds.values, rescaled.radii.values))
             x = batch.stack(points)
             y = Mixture(batch.kinds, kind, radius).rescale(x + batch.stack(leaves))
-            leaves = leaves | batch.unstack(y - x, wider(points, leaves))
-        return from_paths(leaves, updates), state
+            displacements |= batch.unstack(y - x, wider(points, leaves))
+        return displacements, rescaled
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from ..groups import Batch, Plan, batches, buckets, figures, from_paths, kinds_of
+from ..groups import Batch, Plan, Stacked, automatic, batches, buckets, figures, from_paths, kinds_of
+from ..linalg import largest
 from ..manifolds import Mixture
-from ._links import constrained_leaves, wider
+from ._links import constrained, constrained_leaves, wider
 from ._normalize import zeros
 from ._states import RetractState
 
@@ -39,19 +40,24 @@ def retract(plan: Plan) -> optax.GradientTransformationExtraArgs:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.retract")
         leaves = constrained_leaves(updates, plan, "updates", "fg.retract")
-        ratios = []
+        like = constrained(plan, points), state.step_ratio
+        displacements, ratio = automatic(retracted, points, leaves, state, like=like)
+        return from_paths(leaves | displacements, updates), RetractState(state.kinds, ratio)
+
+    def retracted(points: dict[str, Array], leaves: dict[str, Array], state: Any) -> tuple[dict[str, Array], Stacked]:
+        displacements, ratios = {}, []
         for batch in joined:
             x, v = batch.stack(points), batch.stack(leaves)
             mixture = Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
             mixture = mixture.at(mixture.radius_of(x))
             displacement, ratio = mixture.displace(x, v, tangent=True)
-            leaves = leaves | batch.unstack(displacement, wider(points, leaves))
-            ratios.append((batch, largest(batch, ratio)))
-        return from_paths(leaves, updates), RetractState(state.kinds, figures(state.step_ratio, ratios))
+            displacements |= batch.unstack(displacement, wider(points, leaves))
+            ratios.append((batch, largest_by_layer(batch, ratio)))
+        return displacements, figures(state.step_ratio, ratios)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def largest(batch: Batch, values: Float[Array, "*batch"]) -> list[Float[Array, "layers"]]:
+def largest_by_layer(batch: Batch, values: Float[Array, "*batch"]) -> list[Float[Array, "layers"]]:
     """The largest value of each layer, by bucket."""
-    return [jnp.max(grid, axis=(1, 2)) for grid in batch.grids(values)]
+    return [largest(grid, (1, 2)) for grid in batch.grids(values)]

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from ..groups import Batch, Plan, batches, buckets, from_paths
+from ..groups import Batch, Plan, Stacked, automatic, batches, buckets, from_paths
 from ..linalg import squared_norm
 from ..manifolds import Mixture, compute_dtype
-from ._links import constrained_leaves
+from ._links import constrained, constrained_leaves
 from ._on_manifolds import on_manifolds
 from ._project import project
 from ._zeta import Scalar
@@ -104,9 +104,8 @@ def _scale_by_riemannian_adam(plan: Plan, b1: Scalar, b2: Scalar, eps: Scalar) -
         carried, _ = tangent.update(state.mu, state.tangent, params)
         moments = constrained_leaves(state.nu, plan, "second moments", "fg.riemannian_adam")
         squares = {path: jnp.square(g.astype(moments[path].dtype)) for path, g in gradients.items()}
-        for batch in joined:
-            kind = batch.flat(batch.own(state.tangent.kinds.values))
-            squares |= batch.unstack(_squares(batch, kind, batch.stack(gradients)), moments)
+        like = constrained(plan, moments)
+        squares |= automatic(of_matrices, gradients, moments, state.tangent.kinds, like=like)
         count = state.applied + 1
 
         def decayed(decay, moment, new):
@@ -121,6 +120,13 @@ def _scale_by_riemannian_adam(plan: Plan, b1: Scalar, b2: Scalar, eps: Scalar) -
         mu = jax.tree.map(lambda m, g: decayed(b1, m, g), carried, updates)
         nu = jax.tree.map(lambda v, square: decayed(b2, v, square), state.nu, from_paths(squares, updates))
         return jax.tree.map(step, mu, nu, updates), RiemannianAdamState(count, mu, nu, state.tangent)
+
+    def of_matrices(gradients: dict[str, Array], moments: dict[str, Array], kinds: Stacked) -> dict[str, Array]:
+        squares = {}
+        for batch in joined:
+            kind = batch.flat(batch.own(kinds.values))
+            squares |= batch.unstack(_squares(batch, kind, batch.stack(gradients)), moments)
+        return squares
 
     return optax.GradientTransformation(init, update)
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ..features import FeatureMoments, is_moments, matrix_moments, merge_moments
-from ..groups import Bucket, Plan, Stacked, by_path, gammas
+from ..groups import Bucket, Plan, Stacked, automatic, by_path, gammas
 from ..linalg import norm
 from ..manifolds import Mixture
 
@@ -70,7 +70,7 @@ class Scale:
         """The state at λ = 1."""
         paths = tuple(bucket.paths for bucket in self.layout)
         radii = tuple(
-            Mixture(bucket.kinds, kind).radius_of(bucket.stack(leaves))
+            automatic(functools.partial(_fitted, bucket), kind, leaves, like=jnp.zeros(()))
             if self.radii == "fitted"
             else jnp.asarray(gammas(self.plan, bucket, bucket.dtype(leaves)))
             for bucket, kind in zip(self.layout, kinds.values, strict=True)
@@ -234,8 +234,9 @@ class _Layers:
     ) -> "_Layers":
         std = moments.std
         # Below round-off of the layer's largest λ a channel is dead: its scale stays instead of growing without bound.
-        dead = jnp.finfo(std.dtype).eps ** 0.5 * jnp.max(std, axis=(1, 2), keepdims=True)
-        fed = (moments.count > 0) & (std > dead) & jnp.isfinite(std)
+        finite = jnp.isfinite(std)
+        dead = jnp.finfo(std.dtype).eps ** 0.5 * jnp.max(jnp.where(finite, std, 0), axis=(1, 2), keepdims=True)
+        fed = (moments.count > 0) & (std > dead) & finite
         constrained = Mixture(bucket.kinds, kind).constrained(jnp.ones_like(std)) > 0
         usable = constrained & fed
         std = jnp.where(usable, std, 1)
@@ -272,6 +273,10 @@ class _Layers:
         """The radii after a change of each by `limit` at most, whatever happens in other layers."""
         radii = self.changed(self.common)
         return radii if limit is None else jnp.clip(radii, self.radius / limit, self.radius * limit)
+
+
+def _fitted(bucket: Bucket, kind: Array | None, leaves: dict[str, Array]) -> Array:
+    return Mixture(bucket.kinds, kind).radius_of(bucket.stack(leaves))
 
 
 def _empty(shape: tuple[int, ...], dtype: jnp.dtype) -> FeatureMoments:

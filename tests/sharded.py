@@ -1,0 +1,220 @@
+"""Trainings on eight fake devices beside the same on one: run by test_sharding.py, in a process of its own.
+
+Prints one JSON object: by the name of each case what was found. Cases are `axis type/layout/optimizer`.
+"""
+
+import fnmatch
+import json
+import os
+import re
+import sys
+import tempfile
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import fgsgd_jax as fg
+
+STEPS = 4
+SHAPES = {
+    "conv": (3, 3, 8, 16),
+    "conv2": (3, 3, 16, 16),
+    "dense": (16, 8),
+    "qr": (16, 8),
+    "cayley": (8, 8),
+    "bias": (8,),
+}
+MATRIX = "i o -> 1 1 i o"
+RULES = [
+    ("conv*", fg.PIO([fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean()])),
+    ("dense", fg.Whole(fg.Stiefel(), view=MATRIX)),
+    ("qr", fg.Whole(fg.Stiefel(retraction="qr"), view=MATRIX)),
+    ("cayley", fg.Whole(fg.Stiefel(retraction="cayley"), view=MATRIX)),
+    ("*", None),
+]
+OPTIMIZERS = {
+    "fgsgd": lambda plan: fg.fgsgd(0.1, plan, momentum=0.9, every=2),
+    "chain": lambda plan: optax.chain(
+        fg.project(plan),
+        fg.normalize_by_zeta(plan),
+        optax.trace(0.9),
+        fg.project(plan),
+        optax.scale_by_learning_rate(0.1),
+        fg.retract(plan),
+        fg.rescale(plan, every=2),
+    ),
+    "adam": lambda plan: fg.on_manifolds(optax.adam(0.02), plan),
+    "riemannian_adam": lambda plan: fg.riemannian_adam(0.02, plan),
+}
+
+
+def on_inputs(name):
+    return {path: P(*([None] * (len(shape) - 2)), name, None) for path, shape in SHAPES.items() if len(shape) > 1}
+
+
+def on_outputs(name):
+    return {path: P(*([None] * (len(shape) - 1)), name) for path, shape in SHAPES.items()}
+
+
+LAYOUTS = {
+    "data": {},
+    "outputs": on_outputs("model"),
+    "inputs": on_inputs("model"),
+    "fully": {path: P(*(None, None, "data", "model")[4 - len(shape) :]) for path, shape in SHAPES.items()},
+}
+
+
+def tensors(number):
+    rng = np.random.default_rng(number)
+    return {path: np.asarray(rng.standard_normal(shape), np.float32) for path, shape in SHAPES.items()}
+
+
+def moments():
+    """What entered `conv`: λ from ½ to 2 over its channels."""
+    std = np.linspace(0.5, 2, 8, dtype=np.float32)
+    return {"conv": fg.FeatureMoments(np.full(8, 100, np.float32), np.zeros(8, np.float32), 100 * std**2)}
+
+
+def stepper(tx, goal):
+    def step(params, state):
+        grads = jax.tree.map(jnp.subtract, params, goal)
+        updates, state = tx.update(grads, state, params, feature_moments=jax.tree.map(jnp.asarray, moments()))
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step)
+
+
+def train(make, params, goal):
+    plan = fg.plan(params, RULES)
+    params = fg.initialize(jax.random.key(0), params, plan)
+    tx = optax.with_extra_args_support(make(plan))
+    state, step = tx.init(params), stepper(tx, goal)
+    seen = []
+    for _ in range(STEPS):
+        params, state = step(params, state)
+        seen.append([leaf.sharding for leaf in jax.tree.leaves((params, state))])
+    return plan, params, state, seen
+
+
+def gap(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.max(np.abs(np.asarray(x) - np.asarray(y)))) for x, y in pairs)
+
+
+def mesh_of(kind, count=8):
+    shape = (2, count // 2)
+    return jax.make_mesh(
+        shape, ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2, devices=jax.devices()[:count]
+    )
+
+
+def placed(tree, mesh, layout):
+    return {path: jax.device_put(x, NamedSharding(mesh, layout.get(path, P()))) for path, x in tree.items()}
+
+
+def case(kind, layout, optimizer):
+    make = OPTIMIZERS[optimizer]
+    _, expected, expected_state, _ = train(make, *map(on_one_device, (tensors(0), tensors(1))))
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        start, goal = placed(tensors(0), mesh, LAYOUTS[layout]), placed(tensors(1), mesh, LAYOUTS[layout])
+        plan, params, state, seen = train(make, start, goal)
+        leaves = jax.tree.leaves((params, state))
+        return {
+            "gap": gap(params, expected),
+            "radii": gap(fg.radii(state), fg.radii(expected_state)),
+            "violation": max(float(v) for v in fg.violation(params, plan, fg.radii(state)).values()),
+            "near": gap(fg.nearest(params, plan, fg.radii(state)), params),
+            "stable": all(
+                all(a.is_equivalent_to(b, leaf.ndim) for a, b, leaf in zip(first, seen[-1], leaves, strict=True))
+                for first in seen
+            ),
+            "placed": all(
+                params[path].sharding.is_equivalent_to(start[path].sharding, x.ndim) for path, x in start.items()
+            ),
+            "moved": gap(params, fg.initialize(jax.random.key(0), start, plan)),
+        }
+
+
+def on_one_device(tree):
+    return {path: jnp.asarray(x) for path, x in tree.items()}
+
+
+def gathers(kind, optimizer, *paths):
+    """The gathers and exchanges of more than figures in the compiled update of these weights, as lines of HLO."""
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        params = placed({path: tensors(0)[path] for path in paths}, mesh, LAYOUTS["outputs"])
+        plan = fg.plan(params, [rule for rule in RULES if any(fnmatch.fnmatch(path, rule[0]) for path in paths)][:-1])
+        params = fg.initialize(jax.random.key(0), params, plan)
+        tx = OPTIMIZERS[optimizer](plan)
+        text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    found = []
+    for line in text.splitlines():
+        match = re.search(r"= \(?\w+\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute)", line)
+        if match and np.prod([int(n) for n in match[1].split(",") if n], dtype=int) >= 9 * 8:
+            found.append(line.strip()[:200])
+    return found
+
+
+def checkpoint():
+    """State and plan saved on eight devices, read on four and on one; then a step there, as here."""
+    import orbax.checkpoint as ocp
+
+    make, found = OPTIMIZERS["fgsgd"], {}
+    with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+        mesh = mesh_of("Auto")
+        start, goal = (placed(tensors(number), mesh, LAYOUTS["fully"]) for number in (0, 1))
+        plan, params, state, _ = train(make, start, goal)
+        leaves, structure = jax.tree.flatten((params, state))
+        checkpointer.save(folder + "/state", dict(enumerate_named(leaves)))
+        checkpointer.wait_until_finished()
+        text = plan.to_json()
+        after, _ = stepper(make(plan), goal)(params, state)
+        for count in (4, 1):
+            again = fg.Plan.from_json(text)
+            mesh = mesh_of("Auto", count) if count > 1 else None
+            fresh = on_one_device(tensors(0)) if mesh is None else placed(tensors(0), mesh, LAYOUTS["fully"])
+            here = fg.plan(fresh, RULES)
+            fresh = fg.initialize(jax.random.key(3), fresh, here)
+            # A step places the state's leaves as every later step leaves them.
+            goal = on_one_device(tensors(1)) if mesh is None else placed(tensors(1), mesh, LAYOUTS["fully"])
+            like = stepper(make(here), goal)(fresh, make(here).init(fresh))
+            template = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(enumerate_named(jax.tree.leaves(like))))
+            saved = checkpointer.restore(folder + "/state", template)
+            restored = jax.tree.unflatten(structure, list(saved.values()))
+            there, _ = stepper(make(here), goal)(*restored)
+            found[str(count)] = {
+                "difference": here.difference(again),
+                "other": fg.plan(fresh, RULES, seed=1).difference(again),
+                "exact": gap(restored, (params, state)),
+                "gap": gap(there, after),
+                "devices": len(restored[0]["conv"].sharding.device_set),
+            }
+    return found
+
+
+def enumerate_named(leaves):
+    return ((f"{number:03}", leaf) for number, leaf in enumerate(leaves))
+
+
+def main(names):
+    found = {}
+    for name in names:
+        first, *rest = name.split("/")
+        if first == "checkpoint":
+            found[name] = checkpoint()
+        elif first == "gathers":
+            found[name] = gathers(*rest)
+        else:
+            found[name] = case(first, *rest)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
