@@ -104,7 +104,7 @@ class Measurer:
         order = [*self._geometries, *(path for path in norms if path not in self._geometries)]
         _, test_error = trainer.evaluate(state)
         return Measures(
-            norms=jax.device_get({path: norms[path] for path in order}),
+            norms={path: jax.device_get(norms[path]) for path in order},
             operators={path: operators[path] for path in order if path in operators},
             certificate=fg.certify(params, plan),
             log_lipschitz=None if network is None else fg.log_lipschitz(network, operators),
