@@ -109,9 +109,8 @@ def test_weights_end_on_their_manifolds(undisturbed, trainer):
     np.testing.assert_allclose(last["norms"]["stage_0/block_0/conv_0/kernel"], np.sqrt(squared.sum()), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("checkpoint_every", "stop"), [(None, 4), (3, 3), (3, 6)])
-def test_an_interrupted_run_resumes_bit_for_bit(trainer, undisturbed, tmp_path, monkeypatch, checkpoint_every, stop):
-    folder = tmp_path / "run"
+def interrupted(config, trainer, folder, monkeypatch, checkpoint_every, stop):
+    """A run that is stopped just after the checkpoint of step `stop`, and then resumed."""
     save = Checkpoints.save
 
     def save_and_die(self, step, state, about):
@@ -122,14 +121,32 @@ def test_an_interrupted_run_resumes_bit_for_bit(trainer, undisturbed, tmp_path, 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            run(CONFIG, folder, trainer=trainer, checkpoint_every=checkpoint_every, console=quiet())
+            run(config, folder, trainer=trainer, checkpoint_every=checkpoint_every, console=quiet())
     # As if it had been killed a little later, in the middle of a line.
     with (folder / "metrics.jsonl").open("a") as log:
         log.write('{"epoch": 2, "ste')
+    return run(config, folder, trainer=trainer, resume=True, checkpoint_every=checkpoint_every, console=quiet())
 
-    resumed = run(CONFIG, folder, trainer=trainer, resume=True, checkpoint_every=checkpoint_every, console=quiet())
+
+@pytest.mark.parametrize(("checkpoint_every", "stop"), [(None, 4), (3, 3), (3, 6)])
+def test_an_interrupted_run_resumes_bit_for_bit(trainer, undisturbed, tmp_path, monkeypatch, checkpoint_every, stop):
+    resumed = interrupted(CONFIG, trainer, tmp_path / "run", monkeypatch, checkpoint_every, stop)
     assert bits(resumed.state) == bits(undisturbed.state)
-    assert log_without_times(folder) == log_without_times(undisturbed.folder)
+    assert log_without_times(tmp_path / "run") == log_without_times(undisturbed.folder)
+
+
+def test_a_run_with_lambda_resumes_bit_for_bit_from_inside_an_epoch(data, tmp_path, monkeypatch):
+    """The moments of the first steps of the epoch are in the checkpoint: λ at its end depends on all of them."""
+    config = dataclasses.replace(CONFIG, lambda_="epoch", model="plain8")
+    monkeypatch.setattr(_schemes, "_is_spatial_kernel", lambda path, leaf: "conv_0" in path and leaf.ndim == 4)
+    trainer = Trainer(config, data)
+    whole = run(config, tmp_path / "whole", trainer=trainer, console=quiet())
+    resumed = interrupted(config, trainer, tmp_path / "stopped", monkeypatch, 3, 3)
+    assert bits(resumed.state) == bits(whole.state)
+    assert log_without_times(tmp_path / "stopped") == log_without_times(tmp_path / "whole")
+    scales = [figures["lambda"] for figures in whole.records[-1]["by_parameter"].values()]
+    assert scales
+    assert not np.allclose(scales, 1)
 
 
 def test_what_was_logged_after_the_checkpoint_is_logged_again(trainer, undisturbed, tmp_path, monkeypatch):
