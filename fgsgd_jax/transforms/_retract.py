@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
