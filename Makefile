@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Threaded BLAS collapses when another process runs; XLA brings its own threads.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all compat lint format clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ test: $(VENV)/.ready  ## the fast tests, under ten minutes on two cores
 
 test-all: $(VENV)/.ready  ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+compat: $(VENV)/.ready  ## every optimizer in every wrapper, hours; writes docs/compatibility.md
+	$(BIN)/python tests/compat.py --product
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
