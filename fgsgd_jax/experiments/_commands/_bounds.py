@@ -170,8 +170,9 @@ def _correlate(folders: tuple[Path, ...], console: Console) -> None:
         table.add_row(name, "—" if math.isnan(rho) else f"{rho:+.2f}", interval, str(known.sum()))
     console.print(table)
     console.print(
-        f"Intervals by bootstrap over runs ({RESAMPLES} resamples); of few runs they are rough. A bound that predicts "
-        "generalization has ρ near +1. A correlation over a handful of runs is no proof of either.",
+        f"Intervals by bootstrap over runs ({RESAMPLES} resamples); of few runs they are rough. Where all ranks agree "
+        "the interval is a point, and that is no certainty: ranks of "
+        f"{len(folders)} runs agree by chance once in {math.factorial(len(folders))}.",
         highlight=False,
     )
 
