@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import jax
 import optax
 from jaxtyping import Array
 
@@ -64,14 +65,12 @@ def on_manifolds(
         leaves = constrained_leaves(params, plan, "parameters", "fg.on_manifolds")
         check_on_manifold(params, plan, "fg.on_manifolds", radii)
         kinds = kinds_of(plan, layout)
-        try:
-            started = inner.init(params)
-        except AttributeError as error:
+        started = inner.init(params)
+        if any(_is_lookahead(node) for node in jax.tree.leaves(started, is_leaf=_is_lookahead)):
             raise TypeError(
-                f"fg.on_manifolds: the inner optimizer cannot start from these parameters ({error}). One with "
-                "parameters of its own, like optax.lookahead, has to be left out: average the weights in the training "
-                "loop and bring them back with fg.nearest(params, plan)"
-            ) from error
+                "fg.on_manifolds: optax.lookahead has parameters of its own, which no plan describes. Leave it out: "
+                "average the weights in the training loop and bring them back with fg.nearest(params, plan)"
+            )
         return OnManifoldsState(kinds, *scale.init(kinds, leaves), started, zeros(layout, leaves))
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
@@ -104,3 +103,7 @@ def on_manifolds(
         return displacements, rescaled, figures(state.step_ratio, ratios)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_lookahead(node: Any) -> bool:
+    return isinstance(node, optax.LookaheadState)
