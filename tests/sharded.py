@@ -5,12 +5,9 @@ Prints one JSON object: by the name of each case what was found. Cases are `axis
 
 import fnmatch
 import json
-import os
 import re
 import sys
 import tempfile
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parent / "sharded.py"
+DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "2"}
 TYPES = ("Auto", "Explicit")
 LAYOUTS = ("data", "outputs", "inputs", "fully")
 OPTIMIZERS = ("fgsgd", "chain", "adam", "riemannian_adam")
@@ -22,9 +23,7 @@ WHOLE = "gathers/Auto/fgsgd/qr"
 
 
 def results(*cases):
-    run = subprocess.run(
-        [sys.executable, SCRIPT, *cases], capture_output=True, text=True, env=os.environ | {"NPROC": "2"}
-    )
+    run = subprocess.run([sys.executable, SCRIPT, *cases], capture_output=True, text=True, env=os.environ | DEVICES)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 
