@@ -9,6 +9,7 @@ from ._enclosures import (
 )
 from ._expm import expm as expm
 from ._gram_iteration import gram_iteration as gram_iteration
+from ._largest import largest as largest
 from ._newton_schulz import (
     deviation as deviation,
     inverse_root as inverse_root,
@@ -16,7 +17,6 @@ from ._newton_schulz import (
     orthonormalize as orthonormalize,
     steps_for as steps_for,
 )
-from ._largest import largest as largest
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import polar as polar
 from ._products import (

@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from ._manifold import Manifold, compute_dtype
+from ._manifold import Manifold, compute_dtype, pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Euclidean(Manifold):
     """All matrices: no constraint. `radius` has no effect, `random_point` is standard Gaussian."""

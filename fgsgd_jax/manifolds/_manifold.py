@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,34 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..linalg import norm
 
+M = TypeVar("M", bound="Manifold")
+
 # The radius of a manifold whose user gave none. It is recognised by identity (every other 1.0 is another object), so
 # that a plan can put γ in its place while `radius` stays a number, and one leaf, everywhere else.
 UNSTATED: Final = float("1")
+
+
+def pytree(cls: type[M]) -> type[M]:
+    """Registers a class of manifolds as a pytree: its `radius` is the leaf, its other fields are static.
+
+    `jax.tree_util.register_dataclass` would make structures of different classes equal (JAX 0.10.2 compares their
+    static fields alone): once in a hundred or so, a jitted function that was compiled for one manifold then runs for
+    another.
+    """
+    static = [field.name for field in dataclasses.fields(cls) if field.name != "radius"]
+
+    def flatten(manifold: M) -> tuple[tuple[tuple[jax.tree_util.GetAttrKey, Any]], tuple]:
+        return ((jax.tree_util.GetAttrKey("radius"), manifold.radius),), tuple(getattr(manifold, n) for n in static)
+
+    def unflatten(values: tuple, leaves: tuple) -> M:
+        # Without the constructor: while JAX transforms trees, leaves may be anything.
+        manifold = object.__new__(cls)
+        for name, value in zip(("radius", *static), (*leaves, *values), strict=True):
+            object.__setattr__(manifold, name, value)
+        return manifold
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
 
 
 def compute_dtype(dtype: DTypeLike) -> jnp.dtype:

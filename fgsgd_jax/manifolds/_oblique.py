@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
+from ._manifold import pytree
 from ._sphere import Spherical
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Oblique(Spherical):
     """Matrices whose every column has Euclidean norm `radius`: a product of p spheres of dimension n - 1.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..linalg import largest, norm
-from ._manifold import Manifold
+from ._manifold import Manifold, pytree
 
 
 def spherical_log(x: Array, y: Array, axes: tuple[int, ...]) -> Array:
@@ -94,7 +94,7 @@ class Spherical(Manifold):
         return largest(jnp.abs(norm(x, self._axes, keepdims=True) - 1), (-2, -1))
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Sphere(Spherical):
     """Matrices of Frobenius norm `radius`: ‖x‖_F = s.

@@ -10,7 +10,7 @@ from jax.scipy.sparse.linalg import gmres
 from jaxtyping import Array
 
 from ..linalg import MATRICES_LAST, Layout, cayley, expm, gram, largest, matmul, norm, orthonormalize, polar, qf, sym
-from ._manifold import Manifold
+from ._manifold import Manifold, pytree
 from ._sphere import spherical_log
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
@@ -20,7 +20,7 @@ _SHOOTING_STOPS = 8
 _MOST_SHOTS = 200
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Stiefel(Manifold):
     """Matrices with orthonormal columns times `radius`: xᵀx = s²I for n ≥ p; for n < p the rows, xxᵀ = s²I.
