@@ -1,9 +1,7 @@
 """Settings under which every test runs: stricter than a user's, so that what passes here passes there.
 
 One thread to a process, where pytest-xdist already has a process to a core. OpenBLAS (NumPy, SciPy) collapses when
-two processes spin on the same cores. XLA's CPU backend with two threads was seen to hang in programs of several
-batched solves, and now and then to read a buffer before it was written (jax-ml/jax#39741 describes the like). Both
-variables must be set before the libraries load.
+two processes spin on the same cores. Both variables must be set before the libraries load.
 """
 
 import os

@@ -88,6 +88,7 @@ def test_a_run_is_reported_in_tables_and_a_picture(runs, capsys, tmp_path):
     assert (tmp_path / "other.png").exists()
 
 
+@pytest.mark.slow
 def test_the_baseline_has_nothing_to_certify(runs, capsys, tmp_path):
     main(["bounds", str(runs / "euc"), "--picture", str(tmp_path / "p.png")])
     out = capsys.readouterr().out
@@ -96,6 +97,7 @@ def test_the_baseline_has_nothing_to_certify(runs, capsys, tmp_path):
     assert "bounds" not in MetricsLog(runs / "euc" / "metrics.jsonl").read()[1][-1]
 
 
+@pytest.mark.slow
 def test_correlation_over_runs(runs, capsys, tmp_path):
     """A third run is a copy of the first with another name and gap."""
     copy = tmp_path / "copy"

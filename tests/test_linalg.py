@@ -1,5 +1,9 @@
 """Matrix functions against SciPy and NumPy in float64, and on the inputs where such functions break."""
 
+import os
+import subprocess
+import sys
+
 import helpers as h
 import jax
 import jax.numpy as jnp
@@ -259,10 +263,27 @@ def test_orthonormalize_among_many_takes_the_fallback_for_the_bad_one(count):
         np.testing.assert_allclose(orthonormalize(y, x), x, atol=1e-6)
 
 
-def test_exponentials_of_many_matrices_side_by_side():
-    """Two LU solves of so many, in one program, never end on CPU."""
-    rng = np.random.default_rng(0)
-    a = rng.standard_normal((28672, 6, 6)).astype(np.float32) / 3
-    first, second = jax.jit(lambda a: (linalg.expm(a), linalg.expm(-a)))(a)
-    eye = np.broadcast_to(np.eye(6, dtype=np.float32), a.shape)
-    np.testing.assert_allclose(np.asarray(first) @ np.asarray(second), eye, atol=1e-3)
+SIDE_BY_SIDE = """
+import jax
+import numpy as np
+import fgsgd_jax as fg
+from fgsgd_jax.linalg import expm
+
+rng = np.random.default_rng(0)
+a = rng.standard_normal((28672, 6, 6)).astype(np.float32) / 3
+first, second = jax.jit(lambda a: (expm(a), expm(-a)))(a)
+assert np.max(np.abs(np.asarray(first) @ np.asarray(second) - np.eye(6))) < 1e-3
+x = np.linalg.qr(rng.standard_normal((2, 28672, 6, 3)))[0].astype(np.float32)
+v = fg.Stiefel().project(x, rng.standard_normal(x.shape).astype(np.float32))
+for retraction in ("cayley", "exp", "qr"):
+    m = fg.Stiefel(retraction=retraction)
+    for y in jax.jit(lambda x, v: (m.retract(x[0], v[0]), m.retract(x[1], v[1])))(x, v):
+        assert np.max(m.violation(y)) < 1e-5
+"""
+
+
+@pytest.mark.slow
+def test_many_matrices_side_by_side_come_to_an_end():
+    """Two LU solves of so many, in one program, never do on CPU with several threads: hence a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], env=environment, timeout=200, check=True)

@@ -579,6 +579,7 @@ def test_the_program_does_not_grow_with_layers():
     assert 0 < operations(3) == operations(9)
 
 
+@pytest.mark.slow
 def test_update_runs_under_vmap():
     """Two replicas of one plan, trained side by side."""
     params, plan = network()
@@ -662,6 +663,7 @@ def test_metrics_tell_what_the_step_did(make):
 # --- other optimizers and wrappers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner",
     [optax.adamw(1e-2), optax.sgd(0.1, 0.9), optax.rmsprop(1e-2), optax.lion(1e-3)],
@@ -700,6 +702,7 @@ def test_descent():
         np.testing.assert_allclose(found["w"], target, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_multi_steps(lenient_promotion):
     """Accumulating four gradients is one step with their mean."""
     params, plan = network()
@@ -815,6 +818,7 @@ def test_bad_options_fail_when_built(options, named):
 # --- flax
 
 
+@pytest.mark.slow
 def test_nnx_optimizer(users_settings):
     """init sees variables, update sees pure arrays; the paths are one and the same."""
     from flax import nnx

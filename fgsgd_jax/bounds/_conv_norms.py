@@ -10,7 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..groups import by_path
-from ..linalg import block_norms, gram_iteration, largest_block, norm, spectral_norm, torus_basis, unrolled_basis
+from ..linalg import (
+    block_norms,
+    gram_iteration,
+    largest,
+    largest_block,
+    norm,
+    spectral_norm,
+    torus_basis,
+    unrolled_basis,
+)
 from ..manifolds import compute_dtype
 from ._geometry import Axis, ConvGeometry
 
@@ -151,7 +160,7 @@ def _of_kernel(kernel: Array, geometry: ConvGeometry) -> ConvNorms:
 def _summary(kernel: Array, circular: Array, part: Array, overlap: Array) -> ConvNorms:
     reshaped = spectral_norm(kernel.reshape(-1, kernel.shape[-1]))
     certified = jnp.minimum(part, overlap) + _slack(kernel, len(part))
-    return ConvNorms(reshaped, circular, jnp.max(certified))
+    return ConvNorms(reshaped, circular, largest(certified))
 
 
 @jax.jit

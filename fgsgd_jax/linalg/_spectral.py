@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
+from ._largest import largest
 from ._norm import norm
 
 
@@ -17,9 +18,9 @@ def spectral_norm(x: Inexact[Array, "*batch n p"]) -> Float[Array, "*batch"]:
     n, p = x.shape[-2:]
     if min(n, p) == 1:
         return norm(jnp.abs(x), (-2, -1))
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), initial=0.0)
+    top = largest(jnp.abs(x), (-2, -1))
     # Scaled, so that the squares neither overflow nor vanish; what is not finite stays so.
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
     y = x / scale[..., None, None].astype(x.dtype)
     eigenvalues = jnp.linalg.eigvalsh(smaller_gram(y))
     return scale * jnp.sqrt(jnp.maximum(eigenvalues[..., -1], 0))
