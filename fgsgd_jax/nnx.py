@@ -13,7 +13,7 @@ def train_step(model, optimizer, batch):
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +54,9 @@ def observe(model: nnx.Module) -> nnx.Module:
             found = True
             if not _observes(layer):
                 shape = _recorded_shape(layer)
-                layer.feature_moments = Moments(jnp.zeros(shape, compute_dtype(layer.kernel[...].dtype)))
-                layer.use_running_average = False
+                owner = cast(Any, layer)
+                owner.feature_moments = Moments(jnp.zeros(shape, compute_dtype(layer.kernel[...].dtype)))
+                owner.use_running_average = False
                 layer.__class__ = _observing(type(layer))
     if not found:
         raise ValueError(f"{type(model).__name__} has no {', '.join(layer.__name__ for layer in _LAYERS)} to observe")
@@ -106,7 +107,7 @@ def trace(model: nnx.Module, *args: Any, **kwargs: Any) -> Trace:
         for prefix, layer in nnx.iter_modules(copy):
             if isinstance(layer, _LAYERS + _NORMALIZATIONS):
                 # A static attribute: it survives where a transform inside the model rebuilds the layer.
-                layer.fgsgd_path = "/".join([*map(str, prefix), "kernel"])
+                cast(Any, layer).fgsgd_path = "/".join([*map(str, prefix), "kernel"])
                 layer.__class__ = _traced(type(layer))
         _recordings.append(calls)
         try:
@@ -126,11 +127,12 @@ def trace(model: nnx.Module, *args: Any, **kwargs: Any) -> Trace:
 def _observing(layer_class: type) -> type:
     """Subclass of a layer that records the input of every call."""
 
-    def call(self, inputs, *args, **kwargs):
+    def call(self: Any, inputs, *args, **kwargs):
         # `model.eval()` sets this flag, as it does in batch normalization.
         if not self.use_running_average:
             channel_axes, axes = _axes(self, inputs.ndim)
-            recorded = FeatureMoments(*self.feature_moments[...], axes)
+            count, mean, m2 = self.feature_moments[...]
+            recorded = FeatureMoments(count, mean, m2, axes)
             merged = merge_moments(recorded, batch_moments(inputs, channel_axes, axes))
             dtype = self.feature_moments[...].dtype
             self.feature_moments[...] = jnp.stack([merged.count, merged.mean, merged.m2]).astype(dtype)
@@ -152,14 +154,14 @@ _recordings: list[list[tuple[str | None, int]]] = []
 def _traced(layer_class: type) -> type:
     """Subclass of a layer that notes its calls for `trace`."""
 
-    def call(self, inputs, *args, **kwargs):
+    def call(self: Any, inputs, *args, **kwargs):
         outputs = layer_class.__call__(self, inputs, *args, **kwargs)
         if isinstance(self, _NORMALIZATIONS):
             _recordings[-1].append((None, 0))
         else:
             features = len(self.out_features) if isinstance(self, nnx.LinearGeneral) else 1
             spatial = len(self.kernel_size) if isinstance(self, (nnx.Conv, nnx.ConvTranspose)) else None
-            _recordings[-1].append((self.fgsgd_path, output_positions(outputs.shape, features, spatial)))
+            _recordings[-1].append((cast(Any, self).fgsgd_path, output_positions(outputs.shape, features, spatial)))
         return outputs
 
     return type(f"Traced{layer_class.__name__}", (layer_class,), {"__call__": call})

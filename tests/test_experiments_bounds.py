@@ -66,6 +66,7 @@ def refused(capsys, *arguments):
 # --- the commands
 
 
+@pytest.mark.slow
 def test_a_run_is_reported_in_tables_and_a_picture(runs, capsys, tmp_path):
     main(["bounds", str(runs / "po")])
     out = capsys.readouterr().out
@@ -117,6 +118,7 @@ def test_correlation_over_runs(runs, capsys, tmp_path):
     assert -1 <= float(row.split()[2]) <= 1
 
 
+@pytest.mark.slow
 def test_what_a_user_can_mend_is_one_line_and_exit_code_2(runs, capsys, tmp_path):
     for arguments, said in (
         ([], "give either a run directory"),

@@ -135,6 +135,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(trainer, undisturbed, tmp_path, 
     assert log_without_times(tmp_path / "run") == log_without_times(undisturbed.folder)
 
 
+@pytest.mark.slow
 def test_a_run_with_lambda_resumes_bit_for_bit_from_inside_an_epoch(data, tmp_path, monkeypatch):
     """The moments of the first steps of the epoch are in the checkpoint: λ at its end depends on all of them."""
     config = dataclasses.replace(CONFIG, lambda_="epoch", model="plain8")

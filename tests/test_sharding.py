@@ -48,6 +48,7 @@ def check(found):
     assert found["placed"]
 
 
+@pytest.mark.slow
 def test_the_same_as_on_one_device(usual):
     check(usual[USUAL])
 
@@ -58,6 +59,7 @@ def test_every_optimizer_does_the_same_as_on_one_device(others, case):
     check(others[case])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SLICES)
 def test_slices_shared_out_over_channels_stay_where_they_are(usual, case):
     assert usual[case] == []

@@ -462,6 +462,7 @@ def test_weight_decay_acts_on_euclidean_leaves_only():
             np.testing.assert_array_equal(flat(decayed)[path], flat(plain)[path])
 
 
+@pytest.mark.slow
 def test_mask_and_labels_follow_the_plan(lenient_promotion):
     params, plan = network()
     mask, labels = flat(plan.mask()), flat(plan.labels())
@@ -866,6 +867,7 @@ def test_nnx_optimizer(users_settings):
         assert h.violation(s.kind, s.of(kernel), s.radius) <= 1e-6
 
 
+@pytest.mark.slow
 def test_linen_train_state(users_settings):
     from flax import linen
     from flax.training.train_state import TrainState

@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..linalg import norm
 
-M = TypeVar("M", bound="Manifold")
+Class = TypeVar("Class", bound=type)
 
 # The radius of a manifold whose user gave none. It is recognised by identity (every other 1.0 is another object), so
 # that a plan can put γ in its place while `radius` stays a number, and one leaf, everywhere else.
 UNSTATED: Final = float("1")
 
 
-def pytree(cls: type[M]) -> type[M]:
+def pytree(cls: Class) -> Class:
     """Registers a class of manifolds as a pytree: its `radius` is the leaf, its other fields are static.
 
     `jax.tree_util.register_dataclass` would make structures of different classes equal (JAX 0.10.2 compares their
@@ -27,10 +27,10 @@ def pytree(cls: type[M]) -> type[M]:
     """
     static = [field.name for field in dataclasses.fields(cls) if field.name != "radius"]
 
-    def flatten(manifold: M) -> tuple[tuple[tuple[jax.tree_util.GetAttrKey, Any]], tuple]:
+    def flatten(manifold: Any) -> tuple[Any, tuple]:
         return ((jax.tree_util.GetAttrKey("radius"), manifold.radius),), tuple(getattr(manifold, n) for n in static)
 
-    def unflatten(values: tuple, leaves: tuple) -> M:
+    def unflatten(values: Any, leaves: Any) -> Any:
         # Without the constructor: while JAX transforms trees, leaves may be anything.
         manifold = object.__new__(cls)
         for name, value in zip(("radius", *static), (*leaves, *values), strict=True):

@@ -6,6 +6,7 @@ matrices are in the first two axes, `[n, p, *batch]`, and the arithmetic is writ
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -64,16 +65,16 @@ def _over(radius: float | Array, x: Array) -> Array:
 
 def _in_chunks(function: Callable, kind: Array | None, *radii: Array | None, x: Array, w: Array) -> tuple[Array, Array]:
     """`function(kind, *radii, x, w)`: an array like `w` and a figure for each matrix; chunk by chunk on CPU."""
-    batch = w.shape[2:]
+    number = math.prod(w.shape[2:])
     # More than one batch axis means that the axes may be sharded.
-    if len(batch) > 1 or batch[0] <= _CHUNK:
+    if w.ndim > 3 or number <= _CHUNK:
         return function(kind, *radii, x, w)
-    count = -(-batch[0] // _CHUNK)
-    size = -(-batch[0] // count)
+    count = -(-number // _CHUNK)
+    size = -(-number // count)
     # Filled up with matrices on the manifolds, which do not move.
-    missing = count * size - batch[0]
+    missing = count * size - number
     origin = _over_batch(Stiefel().origin(x.shape[:2], x.dtype), x)
-    kind, *radii = (a if a is None else jnp.pad(a, (0, missing), mode="edge") for a in (kind, *radii))
+    scalars = [a if a is None else jnp.pad(a, (0, missing), mode="edge") for a in (kind, *radii)]
     x = jnp.concatenate([x, jnp.broadcast_to(origin, (*x.shape[:2], missing))], axis=-1)
     w = jnp.pad(w, ((0, 0), (0, 0), (0, missing)))
 
@@ -94,8 +95,8 @@ def _in_chunks(function: Callable, kind: Array | None, *radii: Array | None, x: 
 
         return lax.fori_loop(0, count, chunk, (w, jnp.zeros(count * size, w.dtype)))
 
-    result, figures = lax.platform_dependent(w, kind, *radii, x, cpu=chunked, default=whole)
-    return result[..., : batch[0]], figures[: batch[0]]
+    result, figures = lax.platform_dependent(w, *scalars, x, cpu=chunked, default=whole)
+    return result[..., :number], figures[:number]
 
 
 def _over_batch(matrix: Array, x: Array) -> Array:
