@@ -28,7 +28,7 @@ _COLLECTION = "feature_moments"
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """A module whose `apply` also returns the moments of what entered its kernels."""
+    """A module whose `apply` also returns the moments of what entered its kernels; made by `observe`."""
 
     module: nn.Module
 
@@ -63,12 +63,31 @@ def observe(module: nn.Module) -> Observed:
 
     Args:
       module: any linen module.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> import fgsgd_jax as fg
+      >>> model, x = fg.linen.observe(nn.Dense(3)), jnp.array([[1.0, 1.0], [3.0, 1.0]], jnp.float32)
+      >>> _, observed = model.apply(model.init(jax.random.key(0), x), x)
+      >>> observed["feature_moments"]["kernel"].std.tolist()  # λ of the two channels
+      [1.0, 0.0]
     """
     return Observed(module)
 
 
 def moments(collections: Mapping[str, Any]) -> dict[str, FeatureMoments]:
-    """The moments in the collections that `Observed.apply` returned, by the path of the kernel that they enter."""
+    """The moments in the collections that `Observed.apply` returned, by the path of the kernel that they enter.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> import fgsgd_jax as fg
+      >>> model, x = fg.linen.observe(nn.Sequential([nn.Dense(3), nn.relu])), jnp.zeros((5, 2), jnp.float32)
+      >>> _, observed = model.apply(model.init(jax.random.key(0), x), x)
+      >>> fg.linen.moments(observed)["layers_0/kernel"].count.tolist()
+      [5.0, 5.0]
+    """
     return by_path(collections[_COLLECTION], is_leaf=is_moments)
 
 
@@ -80,6 +99,14 @@ def trace(module: nn.Module, *args: Any, rngs: Any = None, **kwargs: Any) -> Tra
       *args: of its call: arrays or `jax.ShapeDtypeStruct`s, one example is enough.
       rngs: as for `module.init`; by default a key for `"params"`.
       **kwargs: of its call.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> import fgsgd_jax as fg
+      >>> conv = nn.Conv(4, (3, 3), strides=2)
+      >>> fg.linen.trace(conv, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)).positions
+      {'kernel': 16}
     """
     calls: list[tuple[str | None, int]] = []
 

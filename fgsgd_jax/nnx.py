@@ -47,6 +47,15 @@ def observe(model: nnx.Module) -> nnx.Module:
 
     Raises:
       ValueError: if the model has none of these layers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import fgsgd_jax as fg
+      >>> model = fg.nnx.observe(nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.relu))
+      >>> _ = model(jnp.array([[1.0, 1.0], [3.0, 1.0]], jnp.float32))
+      >>> fg.nnx.moments(model)["layers/0/kernel"].std.tolist()  # λ of the two channels
+      [1.0, 0.0]
     """
     found = False
     for _, layer in nnx.iter_modules(model):
@@ -64,7 +73,15 @@ def observe(model: nnx.Module) -> nnx.Module:
 
 
 def unobserve(model: nnx.Module) -> nnx.Module:
-    """Undoes `observe`: the layers get their classes back, the moments are dropped. Changes the model in place."""
+    """Undoes `observe`: the layers get their classes back, the moments are dropped. Changes the model in place.
+
+    Example:
+      >>> from flax import nnx
+      >>> import fgsgd_jax as fg
+      >>> layer = fg.nnx.observe(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> type(layer).__name__, type(fg.nnx.unobserve(layer)).__name__
+      ('ObservedLinear', 'Linear')
+    """
     for _, layer in nnx.iter_modules(model):
         if layer_class := _observes(layer):
             layer.__class__ = layer_class
@@ -73,7 +90,26 @@ def unobserve(model: nnx.Module) -> nnx.Module:
 
 
 def moments(model: nnx.Module) -> dict[str, FeatureMoments]:
-    """What the layers of an observed model recorded, by the path of the kernel that it enters."""
+    """What the layers of an observed model recorded, by the path of the kernel that it enters.
+
+    Args:
+      model: after `observe`.
+
+    Returns:
+      Moments per input channel, since the last `clear`; what `update` takes as `feature_moments`.
+
+    Raises:
+      ValueError: no layer is observed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import fgsgd_jax as fg
+      >>> layer = fg.nnx.observe(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> _ = layer(jnp.zeros((5, 2), jnp.float32))
+      >>> fg.nnx.moments(layer)["kernel"].count.tolist()
+      [5.0, 5.0]
+    """
     result = {}
     for prefix, layer in _observed(model):
         recorded = layer.feature_moments[...]
@@ -86,7 +122,21 @@ def moments(model: nnx.Module) -> dict[str, FeatureMoments]:
 
 
 def clear(model: nnx.Module) -> None:
-    """Forgets what an observed model has recorded."""
+    """Forgets what an observed model has recorded.
+
+    Raises:
+      ValueError: no layer is observed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import fgsgd_jax as fg
+      >>> layer = fg.nnx.observe(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> _ = layer(jnp.zeros((5, 2), jnp.float32))
+      >>> fg.nnx.clear(layer)
+      >>> fg.nnx.moments(layer)["kernel"].count.tolist()
+      [0.0, 0.0]
+    """
     for _, layer in _observed(model):
         layer.feature_moments[...] = jnp.zeros_like(layer.feature_moments[...])
 
@@ -98,6 +148,14 @@ def trace(model: nnx.Module, *args: Any, **kwargs: Any) -> Trace:
       model: any model; it is not changed.
       *args: of its call: arrays or `jax.ShapeDtypeStruct`s, one example is enough.
       **kwargs: of its call.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import fgsgd_jax as fg
+      >>> conv = nnx.Conv(1, 4, (3, 3), strides=2, rngs=nnx.Rngs(0))
+      >>> fg.nnx.trace(conv, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)).positions
+      {'kernel': 16}
     """
     calls: list[tuple[str | None, int]] = []
     graphdef, state = nnx.split(model)

@@ -38,7 +38,15 @@ class Sample(NamedTuple):
         scores: Float[Array | np.ndarray, "samples classes"],
         labels: Integer[Array | np.ndarray, " samples"],
     ) -> "Sample":
-        """From the network's inputs (as it sees them), its scores (logits) and the labels; join batches beforehand."""
+        """From the network's inputs (as it sees them), its scores (logits) and the labels; join batches beforehand.
+
+        Example:
+          >>> import numpy as np
+          >>> import fgsgd_jax as fg
+          >>> scores, labels = np.array([[2.0, 0.5], [1.0, 3.0]]), np.array([0, 0])
+          >>> fg.bounds.Sample.of(np.array([[3.0, 4.0], [0.0, 1.0]]), scores, labels)
+          Sample(margins=array([ 1.5, -2. ]), input_norms=array([5., 1.]))
+        """
         scores = np.array(scores, np.float64)
         inputs = np.asarray(inputs, np.float64)
         rows, labels = np.arange(len(scores)), np.asarray(labels)

@@ -20,6 +20,13 @@ class FeatureMoments:
     The arrays have one shape: that of the weight's axes `axes`, in this order. For the kernels of convolutions and
     Dense layers that is the input channels [C], for a grouped convolution those of all groups; for an attention's
     output projection [heads, head_dim].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> count, mean = jnp.array([4.0, 4.0]), jnp.zeros(2)
+      >>> fg.FeatureMoments(count, mean, m2=jnp.array([4.0, 36.0])).std.tolist()  # λ of two channels
+      [1.0, 3.0]
     """
 
     # A pytree's leaves may be anything while it is transformed, so their types are not checked here.
@@ -83,6 +90,21 @@ def psum_moments(moments: Any, axis_name: Any) -> Any:
     """Moments over all devices of a mapped axis, in `shard_map` or `pmap`, of a tree with `FeatureMoments` in it.
 
     Under `jit` with sharded arrays nothing is needed: there the features are those of the global batch.
+
+    Args:
+      moments: of this device's share of the batch.
+      axis_name: of the mapped axis, or a tuple of names.
+
+    Returns:
+      A tree of the same structure, the same on all devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> halves = fg.FeatureMoments(jnp.full((2, 1), 5.0), jnp.array([[-1.0], [1.0]]), jnp.zeros((2, 1)))
+      >>> whole = jax.vmap(lambda part: fg.psum_moments(part, "half"), axis_name="half")(halves)
+      >>> whole.std.tolist()  # constants -1 and 1: σ = 1 over both
+      [[1.0], [1.0]]
     """
 
     def over_devices(part: FeatureMoments) -> FeatureMoments:

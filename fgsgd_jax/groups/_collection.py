@@ -17,6 +17,16 @@ class Collection:
 
     `member` and `group` are integer arrays over the grid (inputs × outputs): the index in `manifolds` and the number
     of the group of each matrix. `gamma` is γ of eq. 2: a number, or an array over the grid where it varies.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> rules = [("kernel", fg.PO([fg.Sphere(), fg.Stiefel()]))]
+      >>> collection = fg.plan({"kernel": jnp.ones((3, 3, 4, 6))}, rules)["kernel"]
+      >>> collection.view.grid, collection.member.shape, collection.num_groups
+      ((4, 6, 3, 3), (4, 6), 12)
+      >>> round(collection.gamma, 4)  # (3·3·4 + 3·3·6)^-½
+      0.1054
     """
 
     view: View

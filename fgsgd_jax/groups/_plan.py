@@ -42,6 +42,20 @@ class Plan:
     states. `order` lists the constrained parameters as the trace met them, with None at normalization layers. Two
     plans are equal if everything in them is, the seed included. `sharded` are the paths of the parameters that were
     shared out over devices when the plan was made: a hint for the arithmetic, not part of the plan's content.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"kernel": jnp.ones((3, 3, 4, 6)), "bias": jnp.ones(6)}
+      >>> plan = fg.plan(params, [("kernel", fg.Each(fg.Sphere())), ("*", None)])
+      >>> plan
+      Plan(1 of 2 parameters constrained, seed=0)
+      >>> plan.mask()  # where weight decay belongs
+      {'bias': True, 'kernel': False}
+      >>> fg.Plan.from_json(plan.to_json()) == plan
+      True
+      >>> print(plan.difference(fg.plan(params, [("kernel", fg.Each(fg.Oblique())), ("*", None)])))
+      kernel: manifolds [{'name': 'Sphere'}] here, [{'name': 'Oblique'}] there
     """
 
     def __init__(

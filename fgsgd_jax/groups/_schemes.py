@@ -19,6 +19,27 @@ class Scheme(abc.ABC):
     `view` is an einops pattern to `inputs outputs rows cols`; open axis sizes follow by name, as in
     `Each(Stiefel(), view="(i a) (o b) -> i o a b", a=4, b=4)`. Without a view, four-dimensional kernels are
     cut into their spatial slices; other tensors need one.
+
+    Args:
+      manifolds: those that are dealt, one or more.
+      view: the einops pattern, or None for the slices of a kernel (HWIO).
+      **sizes: of axes that the pattern leaves open.
+
+    Raises:
+      ValueError: no manifold.
+      TypeError: something that is not a manifold of one matrix.
+
+    Example:
+      A scheme of your own is a subclass with one method.
+
+      >>> import numpy as np
+      >>> import fgsgd_jax as fg
+      >>> class Checkerboard(fg.Scheme):
+      ...     def deal(self, inputs, outputs, bits):
+      ...         member = np.indices((inputs, outputs)).sum(0) % len(self.manifolds)
+      ...         return member, member
+      >>> Checkerboard([fg.Sphere(), fg.Stiefel()]).deal(2, 3, None)[0].tolist()
+      [[0, 1, 0], [1, 0, 1]]
     """
 
     def __init__(self, manifolds: Sequence[Manifold], view: str | None = None, **sizes: int):
@@ -42,7 +63,17 @@ class Scheme(abc.ABC):
 
     @abc.abstractmethod
     def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
-        """`member` and `group` of every matrix of an inputs×outputs grid."""
+        """`member` and `group` of every matrix of an inputs×outputs grid.
+
+        Args:
+          inputs: rows of the grid.
+          outputs: columns of the grid.
+          bits: the plan's source of randomness, a function of seed and path.
+
+        Returns:
+          Two integer arrays inputs × outputs: the index of each matrix's manifold, and the number of its group, from
+          0 without gaps. The members of a group share one manifold.
+        """
 
     def dealt_at_once(self, inputs: int, outputs: int) -> int:
         """How many matrices (or half-columns) are dealt over the manifolds in one go."""
@@ -55,7 +86,20 @@ class _Single(Scheme):
 
 
 class Whole(_Single):
-    """One manifold, the whole layer one group."""
+    """One manifold, the whole layer one group.
+
+    Args:
+      manifold: of every matrix of the layer.
+      view: see `Scheme`.
+      **sizes: see `Scheme`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> orthogonal = fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o")
+      >>> fg.plan({"dense": jnp.ones((8, 4))}, [("dense", orthogonal)])["dense"].view.grid
+      (1, 1, 8, 4)
+    """
 
     def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
         """All zeros."""
@@ -64,7 +108,20 @@ class Whole(_Single):
 
 
 class Each(_Single):
-    """One manifold, every matrix a group of its own: the optimizers on single manifolds."""
+    """One manifold, every matrix a group of its own: the optimizers on single manifolds.
+
+    Args:
+      manifold: of every matrix of the layer.
+      view: see `Scheme`.
+      **sizes: see `Scheme`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> tiles = fg.Each(fg.Stiefel(), view="(i a) (o b) -> i o a b", a=4, b=4)
+      >>> fg.plan({"dense": jnp.ones((8, 12))}, [("dense", tiles)])["dense"].num_groups
+      6
+    """
 
     def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
         """One group a matrix."""
@@ -77,6 +134,22 @@ class PI(Scheme):
 
     For every input channel the outputs are permuted at random and cut into m near-equal parts, part k on manifold k:
     m·C groups.
+
+    Args:
+      manifolds: the m manifolds.
+      view: see `Scheme`.
+      **sizes: see `Scheme`.
+
+    References:
+      Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, section 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> rules = [("kernel", fg.PI([fg.Sphere(), fg.Stiefel()]))]
+      >>> collection = fg.plan({"kernel": jnp.ones((3, 3, 4, 6))}, rules)["kernel"]
+      >>> collection.num_groups, collection.member.sum(1).tolist()  # of each input's 6 slices, 3 are Stiefel
+      (8, [3, 3, 3, 3])
     """
 
     def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
@@ -92,6 +165,22 @@ class PO(Scheme):
     """POMs for output channels.
 
     For every output channel the inputs are permuted at random and cut into m near-equal parts: m·D groups.
+
+    Args:
+      manifolds: the m manifolds.
+      view: see `Scheme`.
+      **sizes: see `Scheme`.
+
+    References:
+      Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, section 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> rules = [("kernel", fg.PO([fg.Sphere(), fg.Stiefel()]))]
+      >>> collection = fg.plan({"kernel": jnp.ones((3, 3, 4, 6))}, rules)["kernel"]
+      >>> collection.num_groups, collection.member.sum(0).tolist()  # of each output's 4 slices, 2 are Stiefel
+      (12, [2, 2, 2, 2, 2, 2])
     """
 
     def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
@@ -110,6 +199,23 @@ class PIO(Scheme):
     Half of the input channels (⌊C/2⌋, drawn at random) are grouped by output: the half-column of each output channel is
     one group, and these D groups are dealt evenly over the m manifolds. The other inputs are dealt as `PI` does.
     D·[C ≥ 2] + m·⌈C/2⌉ groups, less empty parts; with one input channel it is `PI`.
+
+    Args:
+      manifolds: the m manifolds.
+      view: see `Scheme`.
+      **sizes: see `Scheme`.
+
+    References:
+      Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, section 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> import fgsgd_jax as fg
+      >>> rules = [("kernel", fg.PIO([fg.Sphere(), fg.Stiefel()]))]
+      >>> collection = fg.plan({"kernel": jnp.ones((3, 3, 4, 6))}, rules)["kernel"]
+      >>> np.bincount(collection.group.ravel()).tolist()  # 6 half-columns, then 2 parts of each of 2 rows
+      [2, 2, 2, 2, 2, 2, 3, 3, 3, 3]
     """
 
     def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
@@ -137,6 +243,24 @@ class Custom(Scheme):
 
     `member[c, d]` is the index of the manifold of matrix (c, d), `group[c, d]` the number of its group; the
     members of a group share one manifold.
+
+    Args:
+      manifolds: those that `member` counts from 0.
+      member: integers, inputs × outputs.
+      group: integers, inputs × outputs; gaps in the numbers are closed.
+      view: see `Scheme`.
+      **sizes: see `Scheme`.
+
+    Raises:
+      ValueError: in `fg.plan`, for arrays that do not fit the grid, or a group on two manifolds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> member = [[0, 0, 1], [0, 0, 1]]  # the third output channel is Stiefel
+      >>> rules = [("kernel", fg.Custom([fg.Sphere(), fg.Stiefel()], member, group=member))]
+      >>> fg.plan({"kernel": jnp.ones((3, 3, 2, 3))}, rules)["kernel"].num_groups
+      2
     """
 
     def __init__(

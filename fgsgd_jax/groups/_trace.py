@@ -11,6 +11,12 @@ class Trace:
     `calls` has a pair for every call of a layer with a kernel, its path and the number of its output positions
     (H_out·W_out of a convolution), and (None, 0) for every call of a normalization layer, behind which the scale
     of what came before is forgotten. Made by `fg.nnx.trace` and `fg.linen.trace`.
+
+    Example:
+      >>> import fgsgd_jax as fg
+      >>> trace = fg.Trace((("conv_0/kernel", 64), (None, 0), ("conv_1/kernel", 16)))
+      >>> trace.positions
+      {'conv_0/kernel': 64, 'conv_1/kernel': 16}
     """
 
     calls: tuple[tuple[str | None, int], ...]

@@ -15,6 +15,16 @@ class View:
     """An einops pattern whose right side is `inputs outputs rows cols`, with the sizes of its axes.
 
     Built by `View.of` for tensors of one shape. `split` and `merge` work on all leading axes at once.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> heads = fg.View.of("e (h d) -> 1 h e d", (32, 16), h=4)  # a query projection, a matrix for each head
+      >>> heads.grid
+      (1, 4, 32, 4)
+      >>> x = jnp.arange(512.0).reshape(32, 16)
+      >>> heads.split(x).shape, bool((heads.merge(heads.split(x)) == x).all())
+      ((1, 4, 32, 4), True)
     """
 
     pattern: str
@@ -22,7 +32,16 @@ class View:
 
     @staticmethod
     def of(pattern: str, shape: tuple[int, ...], **sizes: int) -> "View":
-        """The view of tensors of `shape`; `sizes` gives the axes that the shape leaves open, as in einops."""
+        """The view of tensors of `shape`.
+
+        Args:
+          pattern: as in einops, to `inputs outputs rows cols`; `1` stands for an axis of length 1.
+          shape: of the tensors.
+          **sizes: of the axes that the shape leaves open.
+
+        Raises:
+          ValueError: a pattern that is none, or does not fit the shape.
+        """
         match = re.fullmatch(r"\s*([^>]+?)\s*->\s*([^>]+?)\s*", pattern)
         if match is None or "..." in pattern:
             raise ValueError(f"view {pattern!r}: write an einops pattern like {SLICES!r}, without '...'")

@@ -35,6 +35,12 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan) -> Any:
     Returns:
       Parameters of the same structure.
 
+    Raises:
+      ValueError: parameters that are not those of the plan.
+
+    References:
+      Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1, line 2 and eq. 2.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import fgsgd_jax as fg
@@ -69,6 +75,9 @@ def nearest(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = N
     Returns:
       Parameters of the same structure; Euclidean and unconstrained ones as they are.
 
+    Raises:
+      ValueError: parameters that are not those of the plan, or radii without an entry.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import fgsgd_jax as fg
@@ -99,6 +108,19 @@ def violation(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None =
     Returns:
       For the path of every constrained parameter, the largest violation of its matrices: the largest absolute entry of
       the defining equation's residual at radius 1 (no unit).
+
+    Raises:
+      ValueError: parameters that are not those of the plan, or radii without an entry.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"dense": 2 * jnp.eye(3)}
+      >>> plan = fg.plan(params, [("*", fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o"))])
+      >>> float(fg.violation(params, plan)["dense"])  # 2² - 1
+      3.0
+      >>> bool(fg.violation(params, plan, radii="fitted")["dense"] < 1e-6)
+      True
     """
     leaves, result = checked_leaves(params, plan), {}
     for batch, kind, gamma in _batches(plan, leaves):

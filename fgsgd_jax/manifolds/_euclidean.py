@@ -10,7 +10,14 @@ from ._manifold import Manifold, compute_dtype, pytree
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Euclidean(Manifold):
-    """All matrices: no constraint. `radius` has no effect, `random_point` is standard Gaussian."""
+    """All matrices: no constraint. `radius` has no effect, `random_point` is standard Gaussian.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> fg.Euclidean().retract(jnp.ones((2, 2)), jnp.ones((2, 2))).tolist()
+      [[2.0, 2.0], [2.0, 2.0]]
+    """
 
     def _project(self, x, g):
         return g

@@ -55,6 +55,22 @@ class Manifold(abc.ABC):
     answers in that dtype, computing in float32 at least. `radius` is a number or an array that broadcasts over
     the leading axes. A subclass is a frozen dataclass registered as a pytree. It describes the geometry at radius 1
     in the methods that start with an underscore; this class does the scaling.
+
+    Args:
+      radius: s, in the units of the points. Left out it is 1, and in the rules of a plan γ of eq. 2.
+
+    References:
+      Absil, Mahony & Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> spheres = fg.Sphere(radius=jnp.array([1.0, 2.0]))  # two, one of each radius
+      >>> isinstance(spheres, fg.Manifold), spheres.with_radius(3.0)
+      (True, Sphere(radius=3.0))
+      >>> points = spheres.random_point(jax.random.key(0), (2, 3, 3))
+      >>> [round(float(x), 6) for x in jnp.linalg.norm(points, axis=(1, 2))]
+      [1.0, 2.0]
     """
 
     radius: float | Array = UNSTATED
@@ -96,11 +112,30 @@ class Manifold(abc.ABC):
         return self._nearest(z)
 
     def with_radius(self, radius: float | Array) -> Self:
-        """The same manifold at another radius."""
+        """The same manifold at another radius, a number or an array over the leading axes of the points.
+
+        Example:
+          >>> import fgsgd_jax as fg
+          >>> fg.Sphere().with_radius(2.0)
+          Sphere(radius=2.0)
+        """
         return dataclasses.replace(self, radius=radius)
 
     def project(self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
-        """Orthogonal projection of the ambient vector `g` onto the tangent space at `x`: Π_x(g)."""
+        """Orthogonal projection of the ambient vector `g` onto the tangent space at `x`: Π_x(g).
+
+        Args:
+          x: points.
+          g: any matrices, such as gradients.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> east, north = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [2.0]])
+          >>> circle = fg.Sphere(radius=2.0)
+          >>> circle.project(east, east + north).ravel().tolist()
+          [0.0, 2.0]
+        """
         s = self._scale(x)
         return self._project(_up(x) / s, _up(g)).astype(g.dtype)
 
@@ -109,12 +144,40 @@ class Manifold(abc.ABC):
 
         It is on the manifold to round-off for a tangent vector of any length. Where no point can be computed (`v` not
         finite, or `x + v` singular, which no tangent vector leads to) the answer is `x`.
+
+        Args:
+          x: points.
+          v: tangent vectors at them.
+
+        References:
+          Absil, Mahony & Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008, section 4.1.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> east, north = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [2.0]])
+          >>> circle = fg.Sphere(radius=2.0)
+          >>> [round(z, 6) for z in circle.retract(east, north).ravel().tolist()]  # at 45°
+          [1.414214, 1.414214]
         """
         s = self._scale(x)
         return (s * self._retract(_up(x) / s, _up(v) / s)).astype(x.dtype)
 
     def exp(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
-        """Exponential map: the end of the geodesic that leaves `x` with velocity `v`, after time 1."""
+        """Exponential map: the end of the geodesic that leaves `x` with velocity `v`, after time 1.
+
+        Args:
+          x: points.
+          v: tangent vectors at them.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> east, north = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [2.0]])
+          >>> circle = fg.Sphere(radius=2.0)
+          >>> [round(z, 6) + 0.0 for z in circle.exp(east, jnp.pi / 2 * north).ravel().tolist()]  # a length of π
+          [0.0, 2.0]
+        """
         s = self._scale(x)
         return (s * self._exp(_up(x) / s, _up(v) / s)).astype(x.dtype)
 
@@ -122,64 +185,181 @@ class Manifold(abc.ABC):
         """Logarithm: a shortest tangent vector at `x` with `exp(x, log(x, y)) = y`; NaN where none was found.
 
         Where several are shortest (antipodal points), one of them, the same each time. NaN across components.
+
+        Args:
+          x: points.
+          y: points on the same manifold.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> east, north = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [2.0]])
+          >>> circle = fg.Sphere(radius=2.0)
+          >>> [round(z, 6) for z in circle.log(east, north).ravel().tolist()]  # a length of π
+          [0.0, 3.141593]
         """
         s = self._scale(x)
         return (s * self._log(_up(x) / s, _up(y) / s)).astype(x.dtype)
 
     def dist(self, x: Float[Array, "*b n p"], y: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
-        """Geodesic distance, in the units of the radius; infinite across components."""
+        """Geodesic distance, in the units of the radius; infinite across components.
+
+        Args:
+          x: points.
+          y: points on the same manifold.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> east, north = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [2.0]])
+          >>> circle = fg.Sphere(radius=2.0)
+          >>> round(float(circle.dist(east, north)), 6)
+          3.141593
+        """
         s = self._scale(x)
         return (s[..., 0, 0] * self._dist(_up(x) / s, _up(y) / s)).astype(x.dtype)
 
     def transport(
         self, x: Float[Array, "*b n p"], y: Float[Array, "*b n p"], v: Float[Array, "*b n p"]
     ) -> Float[Array, "*b n p"]:
-        """Vector transport of `v` from `x` to `y`: the projection at `y` (Absil et al. 2008, section 8.1.3)."""
+        """Vector transport of `v` from `x` to `y`: the projection at `y` (Absil et al. 2008, section 8.1.3).
+
+        Args:
+          x: points.
+          y: points on the same manifold.
+          v: tangent vectors at `x`.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> east, north = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [2.0]])
+          >>> circle = fg.Sphere(radius=2.0)
+          >>> circle.transport(east, north, north).ravel().tolist()
+          [0.0, 0.0]
+        """
         del x
         return self.project(y, v)
 
     def inner(
         self, x: Float[Array, "*b n p"], u: Float[Array, "*b n p"], v: Float[Array, "*b n p"]
     ) -> Float[Array, "*b"]:
-        """The metric: the Frobenius inner product of the tangent vectors `u` and `v` at `x`."""
+        """The metric: the Frobenius inner product of the tangent vectors `u` and `v` at `x`, in squared units of them.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> east, north = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [2.0]])
+          >>> circle = fg.Sphere(radius=2.0)
+          >>> float(circle.inner(east, north, north))
+          4.0
+        """
         del x
         return jnp.sum(_up(u) * _up(v), axis=(-2, -1)).astype(u.dtype)
 
     def norm(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
-        """Length of the tangent vector `v` at `x`."""
+        """Length of the tangent vector `v` at `x`.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> east, north = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [2.0]])
+          >>> circle = fg.Sphere(radius=2.0)
+          >>> float(circle.norm(east, north))
+          2.0
+        """
         del x
         return norm(_up(v), axis=(-2, -1)).astype(v.dtype)
 
     def nearest(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
-        """The point of the manifold nearest to the matrix `x`; where several are, one of them, the same each time."""
+        """The point of the manifold nearest to the matrix `x`; where several are, one of them, the same each time.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> [round(z, 6) for z in fg.Sphere().nearest(jnp.array([[3.0], [4.0]])).ravel().tolist()]
+          [0.6, 0.8]
+        """
         return (self._scale(x) * self._nearest(_up(x))).astype(x.dtype)
 
     def violation(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
-        """Largest absolute entry of the defining equation's residual at `x/radius`. No unit; 0 on the manifold."""
+        """Largest absolute entry of the defining equation's residual at `x/radius`. No unit; 0 on the manifold.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> float(fg.Stiefel().violation(2 * jnp.eye(3)))  # of xᵀx - 1
+          3.0
+        """
         return self._violation(_up(x) / self._scale(x))
 
     def radius_of(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
-        """The radius at which the point `x` lies, whatever `radius` says: exact for a point of any radius."""
+        """The radius at which the point `x` lies, whatever `radius` says: exact for a point of any radius.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> float(fg.Oblique().radius_of(2 * jnp.eye(4)))
+          2.0
+        """
         return norm(_up(x), axis=(-2, -1)) / self._squared_length(x.shape[-2:]) ** 0.5
 
     def random_point(
         self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
     ) -> Float[Array, "*b n p"]:
-        """Points drawn from the uniform (isometry-invariant) distribution, as an array of `shape` [..., n, p]."""
+        """Points drawn from the uniform (isometry-invariant) distribution.
+
+        Args:
+          key: a JAX random key.
+          shape: [..., n, p].
+          dtype: of the points; computed in float32 at least.
+
+        Example:
+          >>> import jax
+          >>> import fgsgd_jax as fg
+          >>> x = fg.Stiefel().random_point(jax.random.key(0), (5, 4, 2))
+          >>> x.shape, bool((fg.Stiefel().violation(x) < 1e-6).all())
+          ((5, 4, 2), True)
+        """
         return self.from_gaussian(jax.random.normal(key, shape, compute_dtype(dtype))).astype(dtype)
 
     def from_gaussian(self, z: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
-        """Uniform points, made from standard Gaussian matrices `z`."""
+        """Uniform points, made from standard Gaussian matrices `z`: what `random_point` does with its draw.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> fg.Sphere().from_gaussian(jnp.array([[0.0], [-0.3]])).ravel().tolist()
+          [0.0, -1.0]
+        """
         return (self._scale(z) * self._from_gaussian(_up(z))).astype(z.dtype)
 
     def random_tangent(self, key: PRNGKeyArray, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
-        """Standard Gaussian vectors of the tangent spaces at `x`."""
+        """Standard Gaussian vectors of the tangent spaces at `x`.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> x = jnp.eye(3)
+          >>> v = fg.Stiefel().random_tangent(jax.random.key(0), x)
+          >>> bool(jnp.abs(v + v.T).max() < 1e-6)  # skew at the identity
+          True
+        """
         return self.project(x, jax.random.normal(key, x.shape, compute_dtype(x.dtype)).astype(x.dtype))
 
     def curvature_bounds(self, shape: tuple[int, ...]) -> tuple[float | Array, float | Array]:
         """Lower and upper bound of the sectional curvatures for matrices of `shape` (n, p), in radius⁻².
 
         (0, 0) where there is no two-plane (dimension below 2).
+
+        Args:
+          shape: (n, p).
+
+        Example:
+          >>> import fgsgd_jax as fg
+          >>> fg.Sphere(radius=2.0).curvature_bounds((3, 3))
+          (0.25, 0.25)
+          >>> fg.Stiefel().curvature_bounds((3, 3)), fg.Stiefel().curvature_bounds((5, 3))
+          ((0.125, 0.125), (-0.5, 1.0))
         """
         low, high = self._curvature_bounds(shape) if self.dim(shape) >= 2 else (0.0, 0.0)
         return low / self.radius**2, high / self.radius**2

@@ -21,6 +21,23 @@ class Product:
 
     Points and vectors are tuples with one batch of matrices per factor; the batches' leading axes agree. Every map
     acts factor by factor, lengths add as in eq. 6: ‖v‖² = Σ ‖v_i‖².
+
+    Args:
+      manifolds: the factors.
+
+    Raises:
+      ValueError: in its methods, for tuples of another length.
+
+    References:
+      Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, definition 1 and Theorem 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> pom = fg.Product((fg.Sphere(), fg.Euclidean()))
+      >>> x, v = (jnp.array([[1.0], [0.0]]), jnp.zeros((1, 1))), (jnp.array([[0.0], [3.0]]), jnp.full((1, 1), 4.0))
+      >>> float(pom.norm(x, v)), pom.dim([(2, 1), (1, 1)])
+      (5.0, 2)
     """
 
     manifolds: tuple[Manifold, ...]

@@ -101,6 +101,14 @@ class Sphere(Spherical):
 
     Dimension np - 1; sectional curvature 1/s². The projection is `g - <x, g> x / s²`, the retraction
     `s (x + v) / ‖x + v‖_F` (Absil et al. 2008, sections 3.6.1 and 4.1.1), exponential and logarithm are closed forms.
+
+    Example:
+      >>> import math
+      >>> import jax
+      >>> import fgsgd_jax as fg
+      >>> x, y = fg.Sphere().random_point(jax.random.key(0), (2, 3, 3))
+      >>> fg.Sphere().dim((3, 3)), bool(fg.Sphere().dist(x, y) <= math.pi)
+      (8, True)
     """
 
     _axes = (-2, -1)

@@ -32,6 +32,28 @@ class Stiefel(Manifold):
     `retraction` chooses how a step returns to the manifold: `"polar"` (default: the nearest point to x + v, two n·p²
     products for small steps), `"qr"` (sign-fixed), `"cayley"` (the Cayley transform, made orthonormal to round-off)
     or `"exp"` (the geodesic). Steps longer than eps^-½ radii are shortened to that length.
+
+    Args:
+      radius: s; see `Manifold`.
+      retraction: how a step returns to the manifold.
+
+    Raises:
+      ValueError: another retraction.
+
+    References:
+      Edelman, Arias & Smith, The Geometry of Algorithms with Orthogonality Constraints, 1998 (embedded metric).
+      Absil, Mahony & Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008, example 4.1.3 (polar, QR).
+      Wen & Yin, A Feasible Method for Optimization with Orthogonality Constraints, 2013 (Cayley).
+      Zimmermann & Hüper, Computing the Riemannian Logarithm on the Stiefel Manifold, 2022 (logarithm).
+
+    Example:
+      >>> import jax
+      >>> import fgsgd_jax as fg
+      >>> stiefel = fg.Stiefel(retraction="cayley")
+      >>> x = stiefel.random_point(jax.random.key(0), (4, 2))
+      >>> v = stiefel.random_tangent(jax.random.key(1), x)
+      >>> bool(stiefel.violation(stiefel.retract(x, v)) < 1e-6)
+      True
     """
 
     retraction: Retraction = dataclasses.field(default="polar", metadata={"static": True})

@@ -28,8 +28,21 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
     Returns:
       A transformation to put behind `project` and before any momentum.
 
+    Raises:
+      ValueError: a negative ρ or c; in `init` and `update`, parameters that are not those of the plan.
+
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, eqs. 3 to 7.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"w": jnp.array([[1.0], [0.0]])}
+      >>> plan = fg.plan(params, [("w", fg.Whole(fg.Sphere(), view="i o -> 1 1 i o"))])
+      >>> tx = fg.normalize_by_zeta(plan)
+      >>> updates, _ = tx.update({"w": jnp.array([[0.0], [2.0]])}, tx.init(params), params)
+      >>> updates["w"].ravel().tolist()  # R = 2, ζ = R (2 + R) = 8
+      [0.0, 0.25]
     """
     check_options(rho, curvature)
     layout = buckets(plan)

@@ -53,6 +53,22 @@ def rescale(
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, section 4 and eq. 2.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"w": jnp.array([[1.0], [0.0]])}
+      >>> plan = fg.plan(params, [("w", fg.Whole(fg.Sphere(), view="i o -> 1 1 i o"))])
+      >>> tx = fg.rescale(plan, every=1)
+      >>> count, mean = jnp.full(2, 10.0), jnp.zeros(2)
+      >>> moments = {"w": fg.FeatureMoments(count, mean, m2=2.25 * count)}  # λ = 1.5
+      >>> still = jax.tree.map(jnp.zeros_like, params)
+      >>> updates, state = tx.update(still, tx.init(params), params, feature_moments=moments)
+      >>> [round(x, 6) for x in (params["w"] + updates["w"]).ravel().tolist()]  # ℜ = 1/1.5
+      [0.666667, 0.0]
+      >>> round(float(fg.radii(state)["w"][0, 0]), 6)
+      0.666667
     """
     layout = buckets(plan)
     joined = batches(plan, layout)

@@ -25,8 +25,21 @@ def retract(plan: Plan) -> optax.GradientTransformationExtraArgs:
       A transformation whose `update` needs `params`, to put behind the learning rate. Only `rescale` may follow it:
       anything else that changes a displacement takes the weights off their manifolds.
 
+    Raises:
+      ValueError: in `init` and `update`, for parameters that are not those of the plan, or none.
+
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1, line 7.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"w": jnp.array([[1.0], [0.0]])}
+      >>> plan = fg.plan(params, [("w", fg.Whole(fg.Sphere(), view="i o -> 1 1 i o"))])
+      >>> tx = fg.retract(plan)
+      >>> updates, _ = tx.update({"w": jnp.array([[0.0], [0.75]])}, tx.init(params), params)
+      >>> [round(x, 6) for x in (params["w"] + updates["w"]).ravel().tolist()]  # (1, ¾) / 1.25
+      [0.8, 0.6]
     """
     layout = buckets(plan)
     joined = batches(plan, layout)
