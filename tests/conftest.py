@@ -40,3 +40,21 @@ def lenient_promotion():
     """JAX's own promotion of dtypes, for tests that run through third parties' arithmetic (Optax's counters)."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command line that a user can mend; returns the one line on standard error with which it ends."""
+    from fgsgd_jax.experiments.__main__ import main
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2
+        assert "Traceback" not in out + err
+        assert err.count("\n") == 1
+        assert err.startswith("fgsgd: ")
+        return err
+
+    return run

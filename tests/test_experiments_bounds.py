@@ -52,17 +52,6 @@ def runs(tmp_path_factory):
         yield folder
 
 
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(["bounds", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    assert ended.value.code == 2
-    assert "Traceback" not in out + err
-    assert err.count("\n") == 1
-    assert err.startswith("fgsgd: ")
-    return err
-
-
 # --- the commands
 
 
@@ -119,7 +108,7 @@ def test_correlation_over_runs(runs, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_user_can_mend_is_one_line_and_exit_code_2(runs, capsys, tmp_path):
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(runs, refused, tmp_path):
     for arguments, said in (
         ([], "give either a run directory"),
         ([tmp_path], "neither the directory of a run"),
@@ -129,11 +118,11 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(runs, capsys, tmp_path
         (["--correlate", runs / "po", runs / "euc", runs / "po"], "names a run twice"),
         ([runs / "po", "--correlate", runs / "po"], "give either"),
     ):
-        assert said in refused(capsys, *arguments)
+        assert said in refused("bounds", *arguments)
     bare = tmp_path / "bare"
     bare.mkdir()
     MetricsLog(bare / "metrics.jsonl").create({"config": TrainConfig().to_dict()})
-    assert "has no checkpoint yet" in refused(capsys, bare)
+    assert "has no checkpoint yet" in refused("bounds", bare)
     assert not (bare / "checkpoints").exists()
 
 

@@ -45,18 +45,6 @@ def compile_once(monkeypatch, compiled):
     monkeypatch.setattr(_run, "Trainer", trainer)
 
 
-def refused(capsys, *arguments):
-    """The one line on standard error with which a command ends."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    out, err = capsys.readouterr()
-    assert ended.value.code == 2
-    assert "Traceback" not in out + err
-    assert err.count("\n") == 1
-    assert err.startswith("fgsgd: ")
-    return err
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -70,17 +58,17 @@ def refused(capsys, *arguments):
         (["--resume"], "holds no run to resume"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path):
-    assert said in refused(capsys, "train", *arguments)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, said, refused, tmp_path):
+    assert said in refused("train", *arguments)
     assert not list(tmp_path.rglob("checkpoints"))
 
 
-def test_a_plan_that_cannot_be_made_names_the_path(capsys, monkeypatch):
+def test_a_plan_that_cannot_be_made_names_the_path(refused, monkeypatch):
     def plan(*_, **__):
         raise ValueError("stage_0/block_0/conv_0/kernel: no such luck")
 
     monkeypatch.setattr("fgsgd_jax.plan", plan)
-    said = refused(capsys, "train", "--model", "resnet14")
+    said = refused("train", "--model", "resnet14")
     assert "scheme 'pio:sp+ob+st' does not fit model 'resnet14': stage_0/block_0/conv_0/kernel" in said
 
 
@@ -99,7 +87,7 @@ def test_help_names_every_command(capsys):
     assert {"train", "demo"} <= set(capsys.readouterr().out.split())
 
 
-def test_train_prints_lines_resumes_and_never_overwrites(capsys, tmp_path):
+def test_train_prints_lines_resumes_and_never_overwrites(capsys, refused, tmp_path):
     main(["train", *TINY])
     folder = tmp_path / "runs" / "digits-resnet8-euc-seed0"
     lines = capsys.readouterr().out.splitlines()
@@ -109,12 +97,12 @@ def test_train_prints_lines_resumes_and_never_overwrites(capsys, tmp_path):
     assert (folder / "picture.png").exists()
     log = (folder / "metrics.jsonl").read_bytes()
 
-    assert "already holds something" in refused(capsys, "train", *TINY)
+    assert "already holds something" in refused("train", *TINY)
     # Options left out are the run's own; the run is over, and stays as it is.
     main(["train", "--resume", "--run-dir", str(folder)])
     assert "resuming after step 2 of 2" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == log
-    said = refused(capsys, "train", "--resume", "--run-dir", str(folder), "--momentum", "0.8")
+    said = refused("train", "--resume", "--run-dir", str(folder), "--momentum", "0.8")
     assert "--momentum is 0.8, was 0.9" in said
     assert (folder / "metrics.jsonl").read_bytes() == log
 
@@ -126,7 +114,7 @@ def test_gamma_is_a_word_or_a_number():
         assert tyro.cli(TrainConfig, args=["--gamma", text]).gamma == value
 
 
-def test_a_missing_package_is_named_with_its_remedy(capsys, monkeypatch):
+def test_a_missing_package_is_named_with_its_remedy(refused, monkeypatch):
     imported = builtins.__import__
 
     def without_tyro(name, *arguments, **keywords):
@@ -135,7 +123,7 @@ def test_a_missing_package_is_named_with_its_remedy(capsys, monkeypatch):
         return imported(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without_tyro)
-    assert "'tyro' is missing: pip install \"fgsgd-jax[experiments]\"" in refused(capsys, "train")
+    assert "'tyro' is missing: pip install \"fgsgd-jax[experiments]\"" in refused("train")
 
 
 def test_an_interruption_names_its_remedy(capsys, monkeypatch):

@@ -82,26 +82,17 @@ def sets_of(m):
     ("c", "d"), [(1, 1), (1, 6), (2, 3), (3, 16), (4, 6), (5, 7), (3, 2), (8, 8), (16, 5), (6, 1)], ids=str
 )
 class TestCounts:
-    def test_pi(self, c, d, m, seed):
-        """m parts of every input channel: m*C groups, less the parts that are empty where D < m."""
-        member, group = arrays(fg.PI(sets_of(m)), c, d, seed)
+    @pytest.mark.parametrize(("scheme", "across"), [(fg.PI, 0), (fg.PO, 1)])
+    def test_pi_and_po(self, scheme, across, c, d, m, seed):
+        """m parts of every input (PI) or output (PO) channel, less the parts that are empty: fewer slices than m."""
+        member, group = arrays(scheme(sets_of(m)), c, d, seed)
         assert member.shape == (c, d)
         groups = groups_of(member, group)
-        assert len(groups) == c * min(m, d)
-        assert all(len(set(at[:, 0])) == 1 for _, at in groups.values())
-        for row in member:
-            assert near_equal(np.bincount(row, minlength=m))
-        assert near_equal(np.bincount(member.ravel(), minlength=m))
-
-    def test_po(self, c, d, m, seed):
-        """m parts of every output channel: m*D groups, less empty parts."""
-        member, group = arrays(fg.PO(sets_of(m)), c, d, seed)
-        assert member.shape == (c, d)
-        groups = groups_of(member, group)
-        assert len(groups) == d * min(m, c)
-        assert all(len(set(at[:, 1])) == 1 for _, at in groups.values())
-        for column in member.T:
-            assert near_equal(np.bincount(column, minlength=m))
+        channels, slices = (c, d) if across == 0 else (d, c)
+        assert len(groups) == channels * min(m, slices)
+        assert all(len(set(at[:, across])) == 1 for _, at in groups.values())
+        for channel in np.moveaxis(member, across, 0):
+            assert near_equal(np.bincount(channel, minlength=m))
         assert near_equal(np.bincount(member.ravel(), minlength=m))
 
     def test_pio(self, c, d, m, seed):

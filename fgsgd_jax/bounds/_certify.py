@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float64
 
 from ..groups import Collection, Plan, buckets, checked_leaves
 from ..linalg import Interval, enclosed_frobenius, enclosed_spectral, enclosed_two_to_one
-from ._layers import Layout, concatenations
+from ._layers import LayerStack, concatenations
 from ._unit_norms import Norms
 
 _SHOWN = 20
@@ -149,8 +149,8 @@ def certify(params: Any, plan: Plan, tolerance: float = 0.0) -> Certificate:
     leaves = checked_leaves(params, plan)
     statements, manifolds = {}, {}
     for bucket in buckets(plan):
-        layout = Layout(bucket, tuple(plan.collections[path] for path in bucket.paths))
-        found = _enclosed(layout, [np.asarray(leaves[path]).astype(np.float64) for path in bucket.paths])
+        stack = LayerStack(bucket, tuple(plan.collections[path] for path in bucket.paths))
+        found = _enclosed(stack, [np.asarray(leaves[path]).astype(np.float64) for path in bucket.paths])
         for index, path in enumerate(bucket.paths):
             statements[path] = Norms(
                 *(Statement(lower[index], upper[index], 1.0 + tolerance) for lower, upper in found)
@@ -161,14 +161,14 @@ def certify(params: Any, plan: Plan, tolerance: float = 0.0) -> Certificate:
     )
 
 
-def _enclosed(layout: Layout, tensors: list[np.ndarray]) -> list[Interval]:
+def _enclosed(stack: LayerStack, tensors: list[np.ndarray]) -> list[Interval]:
     """Intervals of the three norms, each `[layers, groups]`."""
-    view, layers = layout.bucket.view, len(tensors)
+    view, layers = stack.bucket.view, len(tensors)
     *_, rows, columns = view.grid
     grids = [einops.rearrange(tensor, view.pattern, **dict(view.sizes)) for tensor in tensors]
     matrices = np.concatenate([np.stack(grids).reshape(-1, rows, columns), np.zeros((1, rows, columns))])
-    result = [Interval(*np.zeros((2, layers * layout.bucket.num_groups))) for _ in Norms._fields]
-    for numbers, members in concatenations(layout):
+    result = [Interval(*np.zeros((2, layers * stack.bucket.num_groups))) for _ in Norms._fields]
+    for numbers, members in concatenations(stack):
         side_by_side = np.moveaxis(matrices[members], -3, -2).reshape(len(members), rows, -1)
         for interval, of in zip(result, (enclosed_frobenius, enclosed_spectral, enclosed_two_to_one), strict=True):
             interval.lower[numbers], interval.upper[numbers] = of(side_by_side)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -109,7 +109,8 @@ class ConvGeometry:
             outputs = -(-inputs // stride)
             before = (span - 1) // 2 if wrap else max((outputs - 1) * stride + span - inputs, 0) // 2
         else:
-            before, after = (0, 0) if self.padding == "VALID" else self.padding[index]  # type: ignore[misc]
+            # __post_init__ left pairs of pairs only, which the annotation, a user's, does not say.
+            before, after = (0, 0) if self.padding == "VALID" else cast(tuple[Pair, Pair], self.padding)[index]
             outputs = (inputs + before + after - span) // stride + 1
         if outputs < 1:
             raise ValueError(

@@ -11,7 +11,7 @@ from ..groups import Bucket, Collection, Plan, Whole, buckets, plan as plan_of
 from ..manifolds import Euclidean
 
 
-class Layout(NamedTuple):
+class LayerStack(NamedTuple):
     """Weights of one shape and structure, with their collections."""
 
     bucket: Bucket
@@ -29,7 +29,7 @@ class Concatenation(NamedTuple):
     matrices: Int[np.ndarray, "k width"]
 
 
-def layouts(leaves: dict[str, Array], plan: Plan) -> list[Layout]:
+def layer_stacks(leaves: dict[str, Array], plan: Plan) -> list[LayerStack]:
     """All weights: those of the plan's collections, and those that it leaves free as one Euclidean group each.
 
     A free weight is the matrix of all its axes but the last by the last. Biases and scales, which have one axis, are
@@ -45,7 +45,7 @@ def layouts(leaves: dict[str, Array], plan: Plan) -> list[Layout]:
         axes = sorted({leaf.ndim for leaf in free.values()})
         plans.append(plan_of(free, [(_has_axes(ndim), Whole(Euclidean(), view=_as_matrix(ndim))) for ndim in axes]))
     return [
-        Layout(bucket, tuple(source.collections[path] for path in bucket.paths))
+        LayerStack(bucket, tuple(source.collections[path] for path in bucket.paths))
         for source in plans
         for bucket in buckets(source)
     ]
@@ -61,15 +61,15 @@ def _as_matrix(ndim: int) -> str:
     return f"{names} {output} -> 1 1 ({names}) {output}"
 
 
-def concatenations(layout: Layout) -> list[Concatenation]:
-    """The groups of all layers of a layout, numbered on from layer to layer, like the matrices.
+def concatenations(stack: LayerStack) -> list[Concatenation]:
+    """The groups of all layers of a stack, numbered on from layer to layer, like the matrices.
 
     Every width is a power of two: at most half of an array is filling, and there are at most as many arrays as powers
     of two, however unequal the groups are.
     """
-    count = layout.bucket.num_groups
+    count = stack.bucket.num_groups
     group = np.concatenate(
-        [collection.group.ravel() + count * layer for layer, collection in enumerate(layout.collections)]
+        [collection.group.ravel() + count * layer for layer, collection in enumerate(stack.collections)]
     )
     order = np.argsort(group, kind="stable")
     sizes = np.bincount(group)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ..groups import Plan, Radii, checked_leaves
 from ..linalg import norm, spectral_norm, two_to_one
-from ._layers import Layout, concatenations, layouts
+from ._layers import LayerStack, concatenations, layer_stacks
 from ._unit_norms import Norms, table2, unit_bounds
 
 # In the place of unit norms, which are positive.
@@ -69,16 +69,16 @@ def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Laye
       [0.365, 0.365, 0.211]
     """
     leaves, result = checked_leaves(params, plan), {}
-    for layout in layouts(leaves, plan):
-        bucket = layout.bucket
+    for stack in layer_stacks(leaves, plan):
+        bucket = stack.bucket
         stacked = bucket.stack(leaves)
         tables = _of_bucket(
             stacked,
-            _radii(layout, radii, stacked.dtype),
-            np.stack([collection.kind for collection in layout.collections]),
-            _known(unit_bounds, layout),
-            _known(table2, layout),
-            concatenations(layout),
+            _radii(stack, radii, stacked.dtype),
+            np.stack([collection.kind for collection in stack.collections]),
+            _known(unit_bounds, stack),
+            _known(table2, stack),
+            concatenations(stack),
             bucket.num_groups,
         )
         for index, path in enumerate(bucket.paths):
@@ -86,23 +86,23 @@ def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Laye
     return {path: result[path] for path in leaves if path in result}
 
 
-def _radii(layout: Layout, radii: Radii | None, dtype: jnp.dtype) -> Array:
-    grid = layout.bucket.view.grid[:2]
-    if radii is None or not any(collection.constrained for collection in layout.collections):
-        given: list = [collection.gamma for collection in layout.collections]
+def _radii(stack: LayerStack, radii: Radii | None, dtype: jnp.dtype) -> Array:
+    grid = stack.bucket.view.grid[:2]
+    if radii is None or not any(collection.constrained for collection in stack.collections):
+        given: list = [collection.gamma for collection in stack.collections]
     else:
-        if missing := [path for path in layout.bucket.paths if path not in radii]:
+        if missing := [path for path in stack.bucket.paths if path not in radii]:
             raise ValueError(
                 f"radii has no entry for {missing[0]!r}: pass fg.radii(opt_state) of a state made by this plan"
             )
-        given = [radii[path] for path in layout.bucket.paths]
+        given = [radii[path] for path in stack.bucket.paths]
     return jnp.stack([jnp.broadcast_to(jnp.asarray(radius, dtype), grid) for radius in given])
 
 
-def _known(of_manifold, layout: Layout) -> Float[np.ndarray, "kinds norms"]:
-    """The unit norms of every kind of manifold of a layout; -1 for no entry, -2 for the measured one."""
-    shape = layout.bucket.view.grid[2:]
-    rows = [of_manifold(kind, shape) for kind in layout.bucket.kinds]
+def _known(of_manifold, stack: LayerStack) -> Float[np.ndarray, "kinds norms"]:
+    """The unit norms of every kind of manifold of a stack; -1 for no entry, -2 for the measured one."""
+    shape = stack.bucket.view.grid[2:]
+    rows = [of_manifold(kind, shape) for kind in stack.bucket.kinds]
     return np.array([[_MEASURED if x is None else _NONE if np.isnan(x) else x for x in row] for row in rows])
 
 

@@ -4,6 +4,7 @@ A program over them grows with the number of different matrices, not with the nu
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -81,15 +82,13 @@ class Batch:
         if not self.joined:
             return self.buckets[0].stack(leaves)
         dtype, layout = self.dtype(leaves), layout_for(self._shape)
-        parts = [
-            layout.take(bucket.view.split(leaves[path].astype(dtype)))
-            for bucket in self.buckets
-            for path in bucket.paths
-        ]
-        rows, cols = self._shape[-2:]
-        if layout.axes == (0, 1):
-            return layout.give(jnp.concatenate([part.reshape(rows, cols, -1) for part in parts], axis=-1))
-        return jnp.concatenate([part.reshape(-1, rows, cols) for part in parts])
+        return layout.give(
+            layout.join(
+                layout.take(bucket.view.split(leaves[path].astype(dtype)))
+                for bucket in self.buckets
+                for path in bucket.paths
+            )
+        )
 
     def unstack(self, matrices: Float[Array, "*batch rows cols"], like: dict[str, Array]) -> dict[str, Array]:
         """The tensors by path, in the dtypes of `like`."""
@@ -97,14 +96,12 @@ class Batch:
             return self.buckets[0].unstack(matrices, like)
         layout, start, tensors = layout_for(self._shape), 0, {}
         matrices = layout.take(matrices)
-        axis = matrices.ndim - 1 if layout.axes == (0, 1) else 0
         for bucket in self.buckets:
-            inputs, outputs, rows, cols = bucket.view.grid
+            grid = bucket.view.grid[:2]
             for path in bucket.paths:
-                part = jax.lax.slice_in_dim(matrices, start, start + inputs * outputs, axis=axis)
-                grid = (rows, cols, inputs, outputs) if axis else (inputs, outputs, rows, cols)
-                tensors[path] = bucket.view.merge(layout.give(part.reshape(grid))).astype(like[path].dtype)
-                start += inputs * outputs
+                part = layout.give(layout.part(matrices, start, grid))
+                tensors[path] = bucket.view.merge(part).astype(like[path].dtype)
+                start += math.prod(grid)
         return tensors
 
     def own(self, values: Sequence[Any]) -> list[Any]:

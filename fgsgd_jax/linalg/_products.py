@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,29 +17,49 @@ from jaxtyping import Array, Float
 
 from ._largest import largest
 
-# A product of so few multiplications is written out, if there are many matrices: beside batched products on CPU that
-# was 3.5 times faster for 190,000 3×3 matrices. Few matrices are not worth the longer compilation.
+# A product of so few multiplications is written out, if there are many matrices: on CPU that is faster than batched
+# products (benchmarks/kernels.py). Few matrices are not worth the longer compilation.
 _FEW_MULTIPLICATIONS = 128
 _MANY_MATRICES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which two axes of an array are the rows and columns of its matrices, and how those are multiplied.
-
-    `MATRICES_LAST` is the package's convention, `[*batch, n, p]`, with products by the backend. `MATRICES_FIRST`,
-    `[n, p, *batch]`, writes products of small matrices out entry by entry, each entry a vector over the batch.
-    """
+    """Which two axes of an array are the rows and columns of its matrices, and how those are multiplied."""
 
     axes: tuple[int, int]
 
     def take(self, x: Array) -> Array:
         """`x [*batch, n, p]` in this layout."""
-        return x if self.axes == (-2, -1) else jnp.moveaxis(x, (-2, -1), self.axes)
+        raise NotImplementedError
 
     def give(self, x: Array) -> Array:
         """`x` as `[*batch, n, p]` again."""
-        return x if self.axes == (-2, -1) else jnp.moveaxis(x, self.axes, (-2, -1))
+        raise NotImplementedError
+
+    def join(self, parts: Iterable[Array]) -> Array:
+        """The matrices of all parts, each batched in its own way, along one batch axis."""
+        raise NotImplementedError
+
+    def part(self, x: Array, start: int, batch: tuple[int, ...]) -> Array:
+        """The matrices of `x`, of one batch axis, that follow `start`, batched in the shape `batch`: undoes `join`."""
+        raise NotImplementedError
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """`a @ b` at the precision of its dtype on every backend."""
+        raise NotImplementedError
+
+    def eye(self, g: Array) -> Array:
+        """The identity in the shape of `g`, which is square."""
+        raise NotImplementedError
+
+    def sum(self, x: Array, axis: int | None = None) -> Array:
+        """The sum over the rows (0), the columns (1) or both; axes of length 1 stay."""
+        raise NotImplementedError
+
+    def max(self, x: Array, axis: int | None = None) -> Array:
+        """The maximum of non-negative entries, like `sum`."""
+        raise NotImplementedError
 
     def over_matrices(self, values: Array) -> Array:
         """One value for each matrix, shaped to multiply the matrices."""
@@ -48,50 +69,81 @@ class Layout:
         """The transposed matrices."""
         return jnp.swapaxes(a, *self.axes)
 
-    def matmul(self, a: Array, b: Array) -> Array:
-        """`a @ b` at the precision of its dtype on every backend."""
-        if self.axes == (-2, -1):
-            return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+    def gram(self, a: Array, b: Array) -> Array:
+        """`aᵀb`."""
+        return self.matmul(self.transpose(a), b)
 
+    def _over(self, axis: int | None) -> tuple[int, ...]:
+        return self.axes if axis is None else (self.axes[axis],)
+
+
+class _MatricesLast(Layout):
+    """The package's convention, `[*batch, n, p]`, with products by the backend."""
+
+    def take(self, x: Array) -> Array:
+        return x
+
+    def give(self, x: Array) -> Array:
+        return x
+
+    def join(self, parts: Iterable[Array]) -> Array:
+        return jnp.concatenate([part.reshape(-1, *part.shape[-2:]) for part in parts])
+
+    def part(self, x: Array, start: int, batch: tuple[int, ...]) -> Array:
+        return lax.slice_in_dim(x, start, start + math.prod(batch)).reshape(*batch, *x.shape[1:])
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+    def eye(self, g: Array) -> Array:
+        return jnp.broadcast_to(jnp.eye(g.shape[-1], dtype=g.dtype), g.shape)
+
+    def sum(self, x: Array, axis: int | None = None) -> Array:
+        return jnp.sum(x, axis=self._over(axis), keepdims=True)
+
+    def max(self, x: Array, axis: int | None = None) -> Array:
+        return largest(x, axis=self._over(axis), keepdims=True)
+
+
+class _MatricesFirst(Layout):
+    """`[n, p, *batch]`: products of small matrices are written out, each entry a vector over the batch."""
+
+    def take(self, x: Array) -> Array:
+        return jnp.moveaxis(x, (-2, -1), (0, 1))
+
+    def give(self, x: Array) -> Array:
+        return jnp.moveaxis(x, (0, 1), (-2, -1))
+
+    def join(self, parts: Iterable[Array]) -> Array:
+        return jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1)
+
+    def part(self, x: Array, start: int, batch: tuple[int, ...]) -> Array:
+        return lax.slice_in_dim(x, start, start + math.prod(batch), axis=-1).reshape(*x.shape[:2], *batch)
+
+    def matmul(self, a: Array, b: Array) -> Array:
         def entry(i: int, j: int) -> Array:
             return functools.reduce(operator.add, (a[i, k] * b[k, j] for k in range(a.shape[1])))
 
         return jnp.stack([jnp.stack([entry(i, j) for j in range(b.shape[1])]) for i in range(a.shape[0])])
 
-    def gram(self, a: Array, b: Array) -> Array:
-        """`aᵀb`."""
-        return self.matmul(self.transpose(a), b)
-
     def eye(self, g: Array) -> Array:
-        """The identity in the shape of `g`, which is square."""
-        return jnp.broadcast_to(
-            jnp.expand_dims(jnp.eye(g.shape[0 if self.axes == (0, 1) else -1], dtype=g.dtype), self._batch_axes(g)),
-            g.shape,
-        )
+        return self.take(MATRICES_LAST.eye(self.give(g)))
 
     def sum(self, x: Array, axis: int | None = None) -> Array:
-        """The sum over the rows (0), the columns (1) or both; axes of length 1 stay."""
-        return self._reduce(jnp.sum, operator.add, x, axis)
+        return self._one_by_one(operator.add, x, axis)
 
     def max(self, x: Array, axis: int | None = None) -> Array:
-        """The maximum of non-negative entries, like `sum`."""
-        return self._reduce(largest, jnp.maximum, x, axis)
+        return self._one_by_one(jnp.maximum, x, axis)
 
-    def _reduce(self, whole, pair, x: Array, axis: int | None) -> Array:
-        axes = self.axes if axis is None else (self.axes[axis],)
-        if self.axes == (-2, -1):
-            return whole(x, axis=axes, keepdims=True)
-        # XLA on CPU reduces over leading axes 80 times slower than it adds their few slices.
-        for one in axes:
+    def _one_by_one(self, pair: Callable[[Array, Array], Array], x: Array, axis: int | None) -> Array:
+        # XLA on CPU reduces over leading axes far slower than it combines their few slices.
+        for one in self._over(axis):
             x = functools.reduce(pair, jnp.split(x, x.shape[one], axis=one))
         return x
 
-    def _batch_axes(self, g: Array) -> tuple[int, ...]:
-        return tuple(range(g.ndim - 2)) if self.axes == (-2, -1) else tuple(range(2, g.ndim))
 
-
-MATRICES_LAST = Layout((-2, -1))
-MATRICES_FIRST = Layout((0, 1))
+MATRICES_LAST = _MatricesLast((-2, -1))
+MATRICES_FIRST = _MatricesFirst((0, 1))
 
 
 def layout_for(shape: tuple[int, ...]) -> Layout:

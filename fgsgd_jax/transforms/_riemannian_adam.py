@@ -67,7 +67,7 @@ def riemannian_adam(
       A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: in `init` outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
 
     References:
       Bécigneul & Ganea, Riemannian Adaptive Optimization Methods, 2019, section 4.2, with Adam's bias correction, a
