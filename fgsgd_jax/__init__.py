@@ -45,6 +45,7 @@ from .transforms import (
     on_manifolds as on_manifolds,
     project as project,
     radii as radii,
+    refused as refused,
     rescale as rescale,
     retract as retract,
     riemannian_adam as riemannian_adam,

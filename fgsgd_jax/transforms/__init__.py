@@ -8,4 +8,4 @@ from ._rescale import rescale as rescale
 from ._retract import retract as retract
 from ._riemannian_adam import riemannian_adam as riemannian_adam
 from ._schedules import robbins_monro as robbins_monro
-from ._states import StepMetrics as StepMetrics, metrics as metrics, radii as radii
+from ._states import StepMetrics as StepMetrics, metrics as metrics, radii as radii, refused as refused

@@ -10,6 +10,7 @@ from ..groups import Plan, automatic, batches, buckets, figures, from_paths, gro
 from ..manifolds import Euclidean, compute_dtype
 from ._links import check_on_manifold, check_still_on_manifold, constrained, constrained_leaves, mixtures_of, wider
 from ._normalize import normalized_groups, zeros
+from ._refuse import counted, finite_matrices, finite_others, none_refused
 from ._retract import largest_by_layer
 from ._scale import Scale
 from ._states import FgsgdState
@@ -33,7 +34,8 @@ def fgsgd(
     """Fine-grained SGD: SGD on collections of products of manifolds.
 
     The chain `project`, `normalize_by_zeta`, momentum, `project`, learning rate, `retract`, `rescale`, with the
-    weights' matrices stacked once per step instead of once per link. Leaves without a collection get `optax.sgd`.
+    weights' matrices stacked once per step instead of once per link. Leaves without a collection get `optax.sgd`. A
+    leaf whose gradient has no finite squared norm is refused, as in `project`.
 
     Args:
       learning_rate: r_t of eq. 3, a number or a schedule.
@@ -95,6 +97,7 @@ def fgsgd(
             zeta_share=zeros(layout, leaves),
             grad_norm=zeros(layout, leaves),
             step_ratio=zeros(layout, leaves),
+            refused=none_refused(plan, layout),
         )
 
     def in_compute_dtype(leaves: dict[str, Array]) -> dict[str, Array]:
@@ -112,10 +115,10 @@ def fgsgd(
         check_still_on_manifold(params, plan, "fg.fgsgd", state.radii)
         gradients = constrained_leaves(updates, plan, "updates", "fg.fgsgd")
         own, whole = state._replace(inner=None), constrained(plan, points)
-        steps, shares, norms = automatic(
-            normalized, points, gradients, own, rho, curvature, like=(whole, state.zeta_share, state.grad_norm)
-        )
-        directions = {path: decayed(path, g, points[path]) for path, g in (gradients | steps).items()}
+        like = (whole, state.zeta_share, state.grad_norm, state.refused)
+        steps, shares, norms, refused = automatic(normalized, points, gradients, own, rho, curvature, like=like)
+        others, refused = finite_others(gradients, plan, refused)
+        directions = {path: decayed(path, g, points[path]) for path, g in (gradients | others | steps).items()}
         moved: Any
         moved, inner_state = inner.update(directions, state.inner)
         displacements, rescaled, ratios = automatic(
@@ -134,18 +137,21 @@ def fgsgd(
             zeta_share=shares,
             grad_norm=norms,
             step_ratio=ratios,
+            refused=refused,
         )
         return from_paths(moved | displacements, updates), state
 
     def normalized(points: Any, gradients: Any, state: Any, rho: Scalar, curvature: Scalar) -> Any:
-        like, steps, shares, norms = in_compute_dtype(gradients), {}, [], []
+        like, steps, shares, norms, refused = in_compute_dtype(gradients), {}, [], [], []
         for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
-            t = mixture.project(batch.stack(points), batch.stack(gradients))
+            t, flags = finite_matrices(batch, mixture.project(batch.stack(points), batch.stack(gradients)))
             t, share, norm = normalized_groups(batch, state.groups, t, rho, curvature)
             steps |= batch.unstack(t, like)
             shares.append((batch, share))
             norms.append((batch, norm))
-        return steps, figures(state.zeta_share, shares), figures(state.grad_norm, norms)
+            refused.append((batch, flags))
+        shares, norms = figures(state.zeta_share, shares), figures(state.grad_norm, norms)
+        return steps, shares, norms, counted(state.refused, refused)
 
     def displaced(points: Any, gradients: Any, moved: Any, state: Any, feature_moments: Any) -> Any:
         rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []

@@ -9,6 +9,7 @@ from jaxtyping import Array
 from ..groups import Plan, Stacked, automatic, batches, buckets, figures, from_paths, kinds_of
 from ._links import check_on_manifold, check_still_on_manifold, constrained, constrained_leaves, mixtures_of, wider
 from ._normalize import zeros
+from ._refuse import counted, finite_matrices, finite_others, none_refused
 from ._retract import largest_by_layer
 from ._scale import Scale
 from ._states import OnManifoldsState
@@ -27,7 +28,8 @@ def on_manifolds(
 
     `inner` is given the gradients projected onto the tangent spaces. Its update, whatever it was made of, is projected
     at the current point (which carries momentum buffers there), retracted, and set to the radius ℜ. Unconstrained
-    leaves get the update of `inner`. Weight decay inside `inner` does nothing on a manifold of fixed norm.
+    leaves get the update of `inner`. Weight decay inside `inner` does nothing on a manifold of fixed norm. A leaf whose
+    gradient has no finite squared norm is refused, as in `project`: `inner` is given zeros.
 
     Args:
       inner: the optimizer, learning rate included: its updates are meant to be added to the weights.
@@ -71,27 +73,34 @@ def on_manifolds(
                 "fg.on_manifolds: optax.lookahead has parameters of its own, which no plan describes. Leave it out: "
                 "average the weights in the training loop and bring them back with fg.nearest(params, plan)"
             )
-        return OnManifoldsState(kinds, *scale.init(kinds, leaves), started, zeros(layout, leaves))
+        refused = none_refused(plan, layout)
+        return OnManifoldsState(kinds, *scale.init(kinds, leaves), started, zeros(layout, leaves), refused)
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         points = constrained_leaves(params, plan, "parameters", "fg.on_manifolds")
         check_still_on_manifold(params, plan, "fg.on_manifolds", state.radii)
         leaves = constrained_leaves(updates, plan, "updates", "fg.on_manifolds")
         whole = constrained(plan, points)
-        leaves |= automatic(projected, points, leaves, state.kinds, state.radii, like=whole)
+        own = state._replace(inner=None)
+        tangents, refused = automatic(projected, points, leaves, own, like=(whole, state.refused))
+        others, refused = finite_others(leaves, plan, refused)
+        leaves |= others | tangents
         steps, inner_state = inner.update(from_paths(leaves, updates), state.inner, params, **extra_args)
         leaves = constrained_leaves(steps, plan, "updates of the inner optimizer", "fg.on_manifolds")
-        own = state._replace(inner=None)
         like = whole, state.scale, state.step_ratio
         displacements, rescaled, ratio = automatic(displaced, points, leaves, own, feature_moments, like=like)
-        state = state._replace(radii=rescaled.radii, lambdas=rescaled.lambdas, inner=inner_state, step_ratio=ratio)
+        state = state._replace(
+            radii=rescaled.radii, lambdas=rescaled.lambdas, inner=inner_state, step_ratio=ratio, refused=refused
+        )
         return from_paths(leaves | displacements, steps), state
 
-    def projected(points: Any, leaves: Any, kinds: Stacked, radii: Stacked) -> dict[str, Array]:
-        tangents = {}
-        for batch, mixture in zip(joined, mixtures_of(joined, kinds, radii), strict=True):
-            tangents |= batch.unstack(mixture.project(batch.stack(points), batch.stack(leaves)), leaves)
-        return tangents
+    def projected(points: Any, leaves: Any, state: Any) -> tuple[dict[str, Array], Stacked]:
+        tangents, refused = {}, []
+        for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
+            tangent, flags = finite_matrices(batch, mixture.project(batch.stack(points), batch.stack(leaves)))
+            tangents |= batch.unstack(tangent, leaves)
+            refused.append((batch, flags))
+        return tangents, counted(state.refused, refused)
 
     def displaced(points: Any, leaves: Any, state: Any, feature_moments: Any) -> tuple[dict, Any, Stacked]:
         rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []

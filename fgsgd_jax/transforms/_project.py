@@ -8,6 +8,7 @@ from jaxtyping import Array
 from ..groups import Plan, Stacked, automatic, batches, buckets, from_paths, kinds_of
 from ..manifolds import Mixture
 from ._links import constrained, constrained_leaves
+from ._refuse import counted, finite_matrices, finite_others, none_refused
 from ._states import ProjectState
 
 
@@ -16,11 +17,15 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
 
     Each matrix's update becomes Π_ω(g) at its weight ω. The radius is that of the weight as given.
 
+    A leaf without a finite squared norm (it holds NaN or infinity, or is longer than 10¹⁹ in float32, where ζ leaves
+    nothing of a step) is refused, be it constrained or not: it becomes zero in this step, and `fg.refused` counts it.
+    So no such number reaches a weight or the state of any link behind. All other leaves are projected, or pass through.
+
     Args:
       plan: the plan of the parameters.
 
     Returns:
-      A transformation whose `update` needs `params`. Unconstrained leaves pass through.
+      A transformation whose `update` needs `params`.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1, line 5.
@@ -30,21 +35,25 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
 
     def init(params: Any) -> Any:
         constrained_leaves(params, plan, "parameters", "fg.project")
-        return ProjectState(kinds_of(plan, layout))
+        return ProjectState(kinds_of(plan, layout), none_refused(plan, layout))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.project")
         leaves = constrained_leaves(updates, plan, "updates", "fg.project")
-        tangents = automatic(projected, points, leaves, state.kinds, like=constrained(plan, points))
-        return from_paths(leaves | tangents, updates), state
+        like = constrained(plan, points), state.refused
+        tangents, refused = automatic(projected, points, leaves, state, like=like)
+        others, refused = finite_others(leaves, plan, refused)
+        return from_paths(leaves | others | tangents, updates), ProjectState(state.kinds, refused)
 
-    def projected(points: dict[str, Array], leaves: dict[str, Array], kinds: Stacked) -> dict[str, Array]:
-        tangents = {}
+    def projected(points: dict[str, Array], leaves: dict[str, Array], state: Any) -> tuple[dict[str, Array], Stacked]:
+        tangents, refused = {}, []
         for batch in joined:
-            x, mixture = batch.stack(points), Mixture(batch.kinds, batch.flat(batch.own(kinds.values)))
+            x, mixture = batch.stack(points), Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
             tangent = mixture.at(mixture.radius_of(x)).project(x, batch.stack(leaves))
+            tangent, flags = finite_matrices(batch, tangent)
             tangents |= batch.unstack(tangent, leaves)
-        return tangents
+            refused.append((batch, flags))
+        return tangents, counted(state.refused, refused)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -114,7 +114,10 @@ class Scale:
         for bucket, before in zip(self.layout, moments, strict=True):
             parts = [self._of_layer(bucket, path, given.get(path), before.mean.dtype) for path in bucket.paths]
             batch = jax.tree.map(lambda *layers: jnp.stack(layers), *parts)
-            merged.append(merge_moments(before, batch))
+            after = merge_moments(before, batch)
+            # One batch of features that are no numbers must not cost the epoch its λ.
+            usable = jnp.isfinite(after.mean) & jnp.isfinite(after.m2)
+            merged.append(jax.tree.map(functools.partial(jnp.where, usable), after, before))
         return tuple(merged)
 
     def _of_layer(self, bucket: Bucket, path: str, part: Any, dtype: jnp.dtype) -> FeatureMoments:

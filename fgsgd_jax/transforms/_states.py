@@ -10,9 +10,10 @@ from ._scale import LambdaState, ScaleState
 
 
 class ProjectState(NamedTuple):
-    """Of `project`: the kind of manifold of every matrix."""
+    """Of `project`: the kind of manifold of every matrix, and how often each leaf was refused."""
 
     kinds: Stacked
+    refused: Stacked
 
 
 class NormalizeState(NamedTuple):
@@ -54,6 +55,7 @@ class FgsgdState(NamedTuple):
     zeta_share: Stacked
     grad_norm: Stacked
     step_ratio: Stacked
+    refused: Stacked
 
     @property
     def scale(self) -> ScaleState:
@@ -62,13 +64,16 @@ class FgsgdState(NamedTuple):
 
 
 class OnManifoldsState(NamedTuple):
-    """Of `on_manifolds`: the kinds, ℜ, what λ needs, the inner optimizer's state, and the last step's largest ‖v‖/s."""
+    """Of `on_manifolds`: the kinds, ℜ, what λ needs, the inner optimizer's state, the last step's largest ‖v‖/s, and
+    how often each leaf was refused.
+    """
 
     kinds: Stacked
     radii: Stacked
     lambdas: LambdaState | None
     inner: Any
     step_ratio: Stacked
+    refused: Stacked
 
     @property
     def scale(self) -> ScaleState:
@@ -103,6 +108,40 @@ def radii(state: Any) -> dict[str, Float[Array, "inputs outputs"]]:
     raise ValueError(
         "this state holds no radii: it is of no chain with fg.rescale(plan), nor of fg.fgsgd or fg.on_manifolds"
     )
+
+
+def refused(state: Any) -> dict[str, Int[Array, ""]]:
+    """In how many steps the gradient of each leaf was refused, since `init`.
+
+    A gradient without a finite squared norm is taken as zero in that step, as `project` says. All other leaves move,
+    and so does a leaf with momentum; `optax.apply_if_finite` around the optimizer leaves out the whole step instead.
+
+    Args:
+      state: the state of a chain that has `project` in it, of `fgsgd`, or of any wrapper of those.
+
+    Returns:
+      Counts by path, of all leaves of the plan, constrained or not.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"bias": jnp.zeros(2), "scale": jnp.ones(2)}
+      >>> tx = fg.fgsgd(0.1, fg.plan(params, [("*", None)]))
+      >>> grads = {"bias": jnp.array([jnp.nan, 1]), "scale": jnp.ones(2)}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> updates["bias"].tolist(), int(fg.refused(state)["bias"]), int(fg.refused(state)["scale"])
+      ([0.0, 0.0], 1, 0)
+    """
+    counts: dict[str, Array] = {}
+    for found in _find(state):
+        if isinstance(found, (ProjectState, FgsgdState, OnManifoldsState)):
+            for path, count in found.refused.by_path().items():
+                counts[path] = counts[path] + count if path in counts else count
+    if not counts:
+        raise ValueError(
+            "this state counts nothing: it is of no chain with fg.project, nor of fg.fgsgd, fg.on_manifolds"
+        )
+    return counts
 
 
 def metrics(state: Any) -> dict[str, StepMetrics]:

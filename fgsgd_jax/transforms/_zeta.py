@@ -48,7 +48,7 @@ def of_groups(
 
 def reciprocal_zeta(r: Float[Array, "..."], rho: Scalar, curvature: Scalar) -> Float[Array, "..."]:
     """1/ζ with ζ = max(1, R² Γ)^½ and Γ = max((2ρ + R)², 1 + c(ρ + R)): eqs. 5 and 7."""
-    # Beyond this ζ would overflow; a step of length 1/R is already nothing there.
-    r = jnp.minimum(r, jnp.finfo(r.dtype).max ** 0.25)
+    # Where R is infinite, 0·∞ would be NaN; where ζ overflows, nothing is left of the step.
+    r = jnp.minimum(r, jnp.finfo(r.dtype).max)
     root_gamma = jnp.maximum(2 * rho + r, jnp.sqrt(jnp.maximum(0, 1 + curvature * (rho + r))))
     return 1 / jnp.maximum(1, r * root_gamma)
