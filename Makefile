@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Threaded BLAS collapses when another process runs; XLA brings its own threads.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all compat lint format clean
+.PHONY: demo test test-all compat docs notebooks dist lint format clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,17 @@ test-all: $(VENV)/.ready  ## every test
 compat: $(VENV)/.ready  ## every optimizer in every wrapper, hours; writes docs/compatibility.md
 	$(BIN)/python tests/compat.py --product
 
+docs: $(VENV)/.ready  ## the site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(VENV)/.ready  ## runs every notebook from top to bottom, under three minutes each
+	$(BIN)/python tests/notebooks.py
+
+dist: $(VENV)/.ready  ## wheel and sdist, into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +47,4 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist build runs
+	rm -rf $(VENV) dist build runs site

@@ -29,6 +29,16 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1, line 5.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"w": jnp.array([[1.0], [0.0]])}
+      >>> plan = fg.plan(params, [("w", fg.Whole(fg.Sphere(), view="i o -> 1 1 i o"))])
+      >>> tx = fg.project(plan)
+      >>> updates, _ = tx.update({"w": jnp.array([[3.0], [2.0]])}, tx.init(params), params)
+      >>> updates["w"].ravel().tolist()
+      [0.0, 2.0]
     """
     layout = buckets(plan)
     joined = batches(plan, layout)

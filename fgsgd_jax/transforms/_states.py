@@ -101,6 +101,17 @@ def radii(state: Any) -> dict[str, Float[Array, "inputs outputs"]]:
 
     Returns:
       Arrays over the grid of each parameter with a collection (1 for Euclidean matrices has no meaning).
+
+    Raises:
+      ValueError: a state of something else.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"dense": 2 * jnp.eye(3)}
+      >>> plan = fg.plan(params, [("*", fg.Whole(fg.Stiefel(radius=2.0), view="i o -> 1 1 i o"))])
+      >>> fg.radii(fg.fgsgd(0.1, plan).init(params))["dense"].tolist()
+      [[2.0]]
     """
     for found in _find(state):
         if isinstance(found, (RescaleState, FgsgdState, OnManifoldsState)):
@@ -154,6 +165,20 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
       For each parameter with a collection: the share of its groups with ζ > 1, the largest norm R of a group's
       projected gradient, and the largest ‖v‖_F/s of a constrained matrix. `unfed` is the number of matrices that kept
       their scale at the last change of λ because no features, or constant ones, reached them. Cheap: they are read.
+
+    Raises:
+      ValueError: a state of something else.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> params = {"w": jnp.array([[1.0], [0.0]])}
+      >>> plan = fg.plan(params, [("w", fg.Whole(fg.Sphere(), view="i o -> 1 1 i o"))])
+      >>> tx = fg.fgsgd(0.1, plan)
+      >>> _, state = tx.update({"w": jnp.array([[0.0], [2.0]])}, tx.init(params), params)
+      >>> found = fg.metrics(state)["w"]
+      >>> [round(float(x), 6) for x in (found.zeta_share, found.grad_norm, found.step_ratio)]
+      [1.0, 2.0, 0.025]
     """
     figures: dict[str, dict[str, Any]] = {}
     for found in _find(state):

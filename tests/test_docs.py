@@ -1,0 +1,117 @@
+"""The documentation: every public name has an example, excerpts are of the code, links lead somewhere, blocks run."""
+
+import inspect
+import pathlib
+import re
+import types
+
+import pytest
+
+import fgsgd_jax as fg
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+TEXTS = [*PAGES, *ROOT.glob("*.md")]
+NAMED = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+
+def public(module):
+    """Functions and classes that a module's users call by its name."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and callable(value) and value.__module__.startswith("fgsgd_jax")
+    }
+
+
+def own(module):
+    """Those of them that the module defines itself."""
+    return {name: value for name, value in public(module).items() if value.__module__ == module.__name__}
+
+
+# Records: what makes them has the example.
+RECORDS = {"StepMetrics", "Moments", "Observed"}
+EXAMPLES = {f"fg.{name}": value for name, value in public(fg).items() if name not in RECORDS}
+EXAMPLES |= {
+    f"fg.{module}.{name}": value
+    for module in ("nnx", "linen")
+    for name, value in own(getattr(fg, module)).items()
+    if name not in RECORDS
+}
+EXAMPLES |= {
+    f"fg.Manifold.{name}": value
+    for name, value in vars(fg.Manifold).items()
+    if inspect.isfunction(value) and not name.startswith("_") and not getattr(value, "__isabstractmethod__", False)
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_public_name_has_an_example(name):
+    doc = inspect.getdoc(EXAMPLES[name]) or ""
+    assert re.search(r"^Example:\n(?:.*\n)*?\s+>>> ", doc + "\n", re.MULTILINE), f"{name} has no Example section"
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = set(re.findall(r"^::: fgsgd_jax\.([\w.]+)", "\n".join(page.read_text() for page in PAGES), re.MULTILINE))
+    assert {*public(fg), "nnx", "linen"} <= shown | {"bounds"}
+    for name in shown:
+        value = fg
+        for part in name.split("."):
+            value = getattr(value, part)
+        assert isinstance(value, types.ModuleType) or value.__doc__
+
+
+def anchors(text):
+    """The anchors of a page's headings, as MkDocs makes them."""
+    from markdown.extensions.toc import slugify
+
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
+        own_name = re.search(r"\{#([\w-]+)\}", heading)
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|`", r"\1", heading)
+        found.add(own_name[1] if own_name else slugify(plain, "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_internal_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(found.read_text()), f"{page.name}: {target}"
+    # Cross-references of the site, by the name of an object.
+    for name in re.findall(r"\]\[(fgsgd_jax[\w.]*)\]", text):
+        value = fg
+        for part in name.split(".")[1:]:
+            value = getattr(value, part)
+
+
+def test_a_dead_link_is_found(tmp_path):
+    (tmp_path / "page.md").write_text("# A\n[one](page.md#a) [two](gone.md)")
+    with pytest.raises(AssertionError, match=r"gone\.md"):
+        test_internal_links_lead_somewhere(tmp_path / "page.md")
+
+
+def test_excerpts_are_of_the_code():
+    excerpts = re.findall(r'```python title="([^"]+)"\n(.*?)```', (ROOT / "docs/algorithm.md").read_text(), re.DOTALL)
+    assert len(excerpts) >= 15
+    for path, excerpt in excerpts:
+        lines = (ROOT / path).read_text().splitlines()
+        for line in excerpt.splitlines():
+            assert line in lines, f"{path} has no line {line!r}"
+
+
+RUNNABLE = [name for name in NAMED if "```python\n" in (ROOT / name).read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_blocks_run_as_they_stand(name, users_settings):
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL):
+        exec(compile(block, name, "exec"), names)
