@@ -23,7 +23,8 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
     application of a polynomial in it, whose number of p×p steps is chosen from the measured deviation of
     the whole batch. Because the Gram is that of `y` itself, errors of earlier calls are corrected, not
     carried along. Anywhere else it iterates on scaled matrices until it converges. Matrices for which it
-    does not (rank-deficient, not finite) are replaced by `fallback`.
+    does not (rank-deficient, not finite) are replaced by `fallback`, and by the identity where that is nothing like a
+    point of the manifold either.
 
     The number of steps is a decision at run time, inside jit; under `vmap` all branches run.
     """
@@ -72,7 +73,10 @@ def inverse_root(g: Array, steps: Int[Array, ""], layout: Layout) -> Array:
 
 
 def iterate(y: Array, fallback: Array, layout: Layout) -> Array:
-    """Polar factor of `y` by quintic steps on scaled matrices until they converge; `fallback` where they do not."""
+    """Polar factor of `y` by quintic steps on scaled matrices until they converge; `fallback` where they do not.
+
+    The identity where `fallback` is nothing like orthonormal.
+    """
     # First by the largest entry, so that no product overflows or vanishes; then by the Gram's ∞-norm, which puts
     # all singular values into (0, 1], where the iteration converges.
     top = layout.max(jnp.abs(y))
@@ -95,7 +99,14 @@ def iterate(y: Array, fallback: Array, layout: Layout) -> Array:
 
     z, g, _ = lax.while_loop(unconverged, step, (z, layout.gram(z, z), 0))
     z, converged = layout.matmul(z, _quintic(g, layout)), deviation(g, layout) <= enough
-    return jnp.where(converged, z, fallback)
+    return jnp.where(converged, z, _orthonormal(fallback, layout))
+
+
+def _orthonormal(x: Array, layout: Layout) -> Array:
+    """`x`, or the identity where its columns are far from orthonormal."""
+    near = deviation(layout.gram(x, x), layout) <= _STEPS_FOR_DEVIATION[1]
+    eye = jnp.eye(*(x.shape[axis] for axis in layout.axes), dtype=x.dtype)
+    return jnp.where(near, x, layout.take(jnp.broadcast_to(eye, layout.give(x).shape)))
 
 
 def _quintic(g: Array, layout: Layout) -> Array:

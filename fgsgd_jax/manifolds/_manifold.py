@@ -143,7 +143,8 @@ class Manifold(abc.ABC):
         """A point in the direction of the tangent vector `v` from `x`: `exp` to first order.
 
         It is on the manifold to round-off for a tangent vector of any length. Where no point can be computed (`v` not
-        finite, or `x + v` singular, which no tangent vector leads to) the answer is `x`.
+        finite, or `x + v` singular, which no tangent vector leads to) the answer is `x`, to round-off; or some point of
+        the manifold if `x` is none.
 
         Args:
           x: points.

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from ..linalg import largest, norm
@@ -72,9 +73,10 @@ class Spherical(Manifold):
     def _retract(self, x, v):
         y = x + v
         squares = jnp.sum(jnp.square(y), axis=self._axes, keepdims=True)
-        # A tangent step gives at least 1. Zero, overflow and NaN mean that there is no step to take.
-        usable = (squares > 0) & jnp.isfinite(squares)
-        return jnp.where(usable, y / jnp.sqrt(jnp.where(usable, squares, 1)), x)
+        # A tangent step gives at least 1. Next to nothing, overflow and NaN mean that there is no step to take.
+        info = jnp.finfo(x.dtype)
+        usable = (squares > info.tiny / info.eps) & jnp.isfinite(squares)
+        return jnp.where(usable, y / jnp.sqrt(jnp.where(usable, squares, 1)), self._nearest(x))
 
     def _exp(self, x, v):
         return spherical_exp(x, v, self._axes)
@@ -86,6 +88,9 @@ class Spherical(Manifold):
         return norm(spherical_angle(x, y, self._axes, keepdims=True), (-2, -1))
 
     def _nearest(self, x):
+        # First by the largest entry: the length itself may overflow.
+        top = lax.stop_gradient(largest(jnp.abs(x), self._axes, keepdims=True))
+        x = x / jnp.where(top > 1, top, 1)
         length = norm(x, self._axes, keepdims=True)
         origin = jnp.broadcast_to(self.origin(x.shape[-2:], x.dtype), x.shape)
         return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), origin)

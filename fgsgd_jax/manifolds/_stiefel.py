@@ -75,7 +75,7 @@ class Stiefel(Manifold):
             case "qr":
                 y = x + v
                 usable = jnp.all(jnp.isfinite(y), axis=(-2, -1), keepdims=True)
-                return back(jnp.where(usable, qf(jnp.where(usable, y, x)), x))
+                return back(qf(jnp.where(usable, y, x)))
             case "cayley":
                 return back(orthonormalize(cayley(x, v), x))
             case "exp":

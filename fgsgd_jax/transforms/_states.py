@@ -140,8 +140,8 @@ def refused(state: Any) -> dict[str, Int[Array, ""]]:
       >>> tx = fg.fgsgd(0.1, fg.plan(params, [("*", None)]))
       >>> grads = {"bias": jnp.array([jnp.nan, 1]), "scale": jnp.ones(2)}
       >>> updates, state = tx.update(grads, tx.init(params), params)
-      >>> updates["bias"].tolist(), int(fg.refused(state)["bias"]), int(fg.refused(state)["scale"])
-      ([0.0, 0.0], 1, 0)
+      >>> bool(jnp.all(updates["bias"] == 0)), int(fg.refused(state)["bias"]), int(fg.refused(state)["scale"])
+      (True, 1, 0)
     """
     counts: dict[str, Array] = {}
     for found in _find(state):
