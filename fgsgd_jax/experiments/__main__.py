@@ -1,11 +1,13 @@
 """The command line, `fgsgd`."""
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 USAGE_ERROR = 2
+LOST_PROCESS = 3
 INTERRUPTED = 130
 
 
@@ -34,7 +36,7 @@ def _dispatch(arguments: list[str]) -> None:
     from rich.console import Console
 
     from ._commands import COMMANDS
-    from ._errors import UsageError
+    from ._errors import LostProcessError, UsageError
 
     try:
         command = tyro.extras.subcommand_cli_from_dict(
@@ -49,11 +51,19 @@ def _dispatch(arguments: list[str]) -> None:
         command.run(Console())
     except UsageError as error:
         _fail(str(error), USAGE_ERROR)
+    except LostProcessError as error:
+        _say(str(error))
+        # Leaving in the usual way waits for the others, one of whom is gone.
+        os._exit(LOST_PROCESS)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("fgsgd: " + " ".join(message.split()), file=sys.stderr)
+    _say(message)
     sys.exit(code)
+
+
+def _say(message: str) -> None:
+    print("fgsgd: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
 from ._data import ImageSet, Split
+from ._devices import Devices
 
 
 class DeviceSplit(NamedTuple):
@@ -16,8 +17,8 @@ class DeviceSplit(NamedTuple):
     std: Float[Array, "1 1 1 channels"]
 
 
-def to_device(data: ImageSet) -> tuple[DeviceSplit, DeviceSplit]:
-    """Both splits on the device, with the mean and deviation of each channel over the training images."""
+def to_devices(data: ImageSet, devices: Devices) -> tuple[DeviceSplit, DeviceSplit]:
+    """Both splits on every device, with the mean and deviation of each channel over the training images."""
     mean = data.train.images.mean((0, 1, 2), dtype=np.float64)
     std = data.train.images.std((0, 1, 2), dtype=np.float64)
     # A channel that is the same everywhere says nothing, at whatever scale.
@@ -25,7 +26,7 @@ def to_device(data: ImageSet) -> tuple[DeviceSplit, DeviceSplit]:
 
     def put(split: Split) -> DeviceSplit:
         statistics = (jnp.asarray(each, jnp.float32)[None, None, None] for each in (mean, std))
-        return DeviceSplit(jnp.asarray(split.images), jnp.asarray(split.labels), *statistics)
+        return devices.whole(DeviceSplit(jnp.asarray(split.images), jnp.asarray(split.labels), *statistics))
 
     return put(data.train), put(data.test)
 

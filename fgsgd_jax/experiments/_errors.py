@@ -10,6 +10,10 @@ class UsageError(Exception):
     """
 
 
+class LostProcessError(Exception):
+    """Another process of a training ended. One line, like that of `UsageError`; exit code 3."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not in a registry, with the nearest names first."""
     known = list(known)

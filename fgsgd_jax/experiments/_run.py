@@ -10,6 +10,7 @@ from rich.console import Console
 
 import fgsgd_jax as fg
 
+from . import _processes as processes
 from ._checkpoints import Checkpoints
 from ._config import TrainConfig
 from ._data import ImageSet, load
@@ -74,10 +75,12 @@ def run(
         refuse_other_options(folder, config)
     else:
         refuse_taken(folder)
+        # Before any of the processes makes it a folder that is taken.
+        processes.meet("new run")
     trainer = trainer or Trainer(config, load_for(config))
     if difference := config.difference(dataclasses.replace(trainer.config, seed=config.seed)):
         raise ValueError(f"the trainer has other options than the run: {difference}")
-    log = MetricsLog(folder / LOG)
+    log = MetricsLog(folder / LOG, writes=processes.is_first())
     if resume:
         _refuse_other_data(log, trainer.data)
     plan, state = trainer.plan_of(config.seed), trainer.start(config.seed)
@@ -99,9 +102,10 @@ def run(
             state = fit(trainer, state, observer, checkpoint_every, report)
     finally:
         checkpoints.close()
-    draw({f"{config.model}, {config.scheme}": records}, folder / PICTURE)
-    if config.lambda_ == "epoch":
-        draw_scales(records, folder / SCALES)
+    if processes.is_first():
+        draw({f"{config.model}, {config.scheme}": records}, folder / PICTURE)
+        if config.lambda_ == "epoch":
+            draw_scales(records, folder / SCALES)
     return Result(folder, records, state)
 
 

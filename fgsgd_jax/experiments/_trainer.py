@@ -14,7 +14,8 @@ import fgsgd_jax as fg
 from ._augment import Augmentation, augment, resolve
 from ._config import TrainConfig
 from ._data import ImageSet
-from ._device_data import DeviceSplit, normalize, to_device
+from ._device_data import DeviceSplit, normalize, to_devices
+from ._devices import Devices
 from ._errors import UsageError
 from ._models import build
 from ._optimizer import make_optimizer, make_plan
@@ -49,12 +50,18 @@ class Trainer:
                 f"--batch-size {config.batch_size} is more than the {len(data.train)} training images of "
                 f"{data.name!r}; use --batch-size {len(data.train)} or less"
             )
+        self.devices = Devices()
+        if config.batch_size % len(self.devices):
+            raise UsageError(
+                f"--batch-size {config.batch_size} cannot be shared out over {len(self.devices)} devices; use a "
+                "multiple of that"
+            )
         self.config = config
         self.data = data
         # The last, smaller batch of an epoch is left out: the next epoch's order has its images elsewhere.
         self.steps_per_epoch = len(data.train) // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
-        self.train_data, self.test_data = to_device(data)
+        self.train_data, self.test_data = to_devices(data, self.devices)
 
         self._model = build(config.model, len(data.classes), data.channels)
         self._shapes, _ = jax.eval_shape(self._model.init, jax.random.key(0))
@@ -101,7 +108,7 @@ class Trainer:
         state = TrainState(jnp.int32(0), jnp.uint32(seed), params, stats, opt_state, totals)
         # Copied, since steps give their state's buffers away and the optimizer's may be shared with the plan. Placed,
         # since restored states are: to JAX, an array that is not would be reason to compile again.
-        return jax.device_put(self._copied(state), jax.local_devices()[0])
+        return self.devices.whole(self._copied(state))
 
     def order(self, state: TrainState) -> Int32[Array, " n"]:
         """The order of the training images in the epoch that the state is in."""
@@ -121,10 +128,12 @@ class Trainer:
 
     def glance(self, state: TrainState, plan: fg.Plan | None) -> Glance:
         """What there is to report of a state, without waiting for the device."""
-        step, totals = self._copied((state.step, state.totals))
+        # Processes look at different times, so none may need the others for it.
+        own = self.devices.own(state)
+        step, totals = self._copied((own.step, own.totals))
         if plan is None:
             return Glance(step, totals, {})
-        return Glance(step, totals, fg.violation(state.params, plan, fg.radii(state.opt_state)))
+        return Glance(step, totals, fg.violation(own.params, plan, fg.radii(own.opt_state)))
 
     def figures(self, glance: Glance) -> Figures:
         """The epoch so far in a few numbers; waits until they are there."""
@@ -211,9 +220,9 @@ class Trainer:
         batch = self.config.batch_size
         place = state.step % self.steps_per_epoch
         rows = lax.dynamic_slice(order, (place * batch,), (batch,))
-        labels = data.labels[rows]
+        images, labels = self.devices.shared((data.images[rows], data.labels[rows]))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), AUGMENTATION), state.step)
-        images = normalize(augment(key, data.images[rows], self._augmentation), data)
+        images = normalize(augment(key, images, self._augmentation), data)
 
         def objective(params):
             logits, stats, moments = self._model.apply(params, state.stats, images, True, self._observes)
@@ -242,8 +251,8 @@ class Trainer:
         rows = first + jnp.arange(self.config.batch_size)
         real = rows < len(data.labels)
         rows = jnp.minimum(rows, len(data.labels) - 1)
-        labels = data.labels[rows]
-        logits, *_ = self._model.apply(params, stats, normalize(data.images[rows], data), False, False)
+        images, labels = self.devices.shared((data.images[rows], data.labels[rows]))
+        logits, *_ = self._model.apply(params, stats, normalize(images, data), False, False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses, where=real), jnp.sum(_missed(logits, labels), where=real, dtype=jnp.int32)
 

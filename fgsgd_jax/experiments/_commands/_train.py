@@ -8,6 +8,7 @@ from rich.console import Console
 
 from .._config import TrainConfig
 from .._errors import UsageError
+from .._processes import is_first, joined
 from .._run import run, stored_config
 from ._command import Command
 
@@ -45,14 +46,16 @@ class Train(Command):
     def run(self, console: Console) -> None:
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise UsageError(f"--checkpoint-every {self.checkpoint_every}: give a whole number of 1 or more")
-        result = run(
-            self.config,
-            self.folder(),
-            resume=self.resume,
-            checkpoint_every=self.checkpoint_every,
-            report_bounds=self.report_bounds,
-            console=console,
-        )
+        with joined():
+            console.quiet |= not is_first()
+            result = run(
+                self.config,
+                self.folder(),
+                resume=self.resume,
+                checkpoint_every=self.checkpoint_every,
+                report_bounds=self.report_bounds,
+                console=console,
+            )
         test = result.records[-1]["test"]
         figures = f"test error {test['error']:.2f} %, loss {test['loss']:.4f}"
         console.print(f"{figures}; picture: {result.picture}", highlight=False, soft_wrap=True)
