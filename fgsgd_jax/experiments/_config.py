@@ -1,5 +1,5 @@
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -90,6 +90,10 @@ class TrainConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if strange := sorted(set(values) - known):
             raise UsageError(f"this run was made by another version of fgsgd: it has the option {option(strange[0])}")
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if not _fits(value, hints[name]):
+                raise UsageError(f"the options of this run are damaged: {option(name)} is {value!r}")
         return cls(**values)
 
     def difference(self, other: "TrainConfig") -> str | None:
@@ -99,6 +103,17 @@ class TrainConfig:
             if mine != others:
                 return f"{option(field.name)} is {mine}, was {others}"
         return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a file is one that an option can have."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in choices
+    if choices:
+        return any(_fits(value, choice) for choice in choices)
+    kinds = (int, float) if hint is float else hint
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def option(name: str) -> str:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -154,7 +155,7 @@ class Plan:
                 raise ValueError("the plan was damaged or changed after it was written: its checksum does not match")
             entries = {path: _entry_from_json(entry) for path, entry in body["parameters"].items()}
             return Plan(entries, body["seed"], tuple(body["order"]))
-        except (KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, zlib.error) as error:
             raise ValueError(f"the plan cannot be read: {error!r}") from error
 
 
@@ -352,7 +353,9 @@ def _array_to_json(array: np.ndarray, dtype: str) -> str:
 
 
 def _array_from_json(text: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype).reshape(shape)
+    # No more than the array needs, whatever the text would inflate to.
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(zlib.decompressobj().decompress(base64.b64decode(text), size + 1), dtype).reshape(shape)
 
 
 def _entry_to_json(entry: Entry) -> dict[str, Any]:
@@ -381,8 +384,13 @@ def _entry_from_json(document: dict[str, Any]) -> Entry:
         tuple(_manifold_from_json(manifold) for manifold in found["manifolds"]),
         _array_from_json(found["member"], "<i2", grid).astype(np.int16),
         _array_from_json(found["group"], "<i4", grid).astype(np.int32),
-        _array_from_json(gamma, "<f8", grid) if isinstance(gamma, str) else gamma,
+        _array_from_json(gamma, "<f8", grid) if isinstance(gamma, str) else float(gamma),
     )
+    members, groups = collection.member, collection.group
+    if members.min() < 0 or members.max() >= len(collection.manifolds) or groups.min() < 0:
+        raise ValueError("the plan's members or groups are not of its manifolds")
+    if not (np.all(np.asarray(collection.gamma) > 0) and np.all(np.isfinite(collection.gamma))):
+        raise ValueError("the plan has a scale γ that is not positive and finite")
     return Entry(shape, collection, tuple(document["notes"]))
 
 

@@ -55,6 +55,8 @@ class View:
         names = [name for axis in left for name in axis]
         if len(set(names)) < len(names) or sorted(names) != sorted(name for axis in right for name in axis):
             raise ValueError(f"view {pattern!r}: every axis must stand once on either side")
+        if wrong := {name: size for name, size in sizes.items() if size < 1}:
+            raise ValueError(f"view {pattern!r}: the size of an axis is a whole number of 1 or more, not {wrong}")
         known = dict(sizes)
         for axis, length in zip(left, shape, strict=True):
             open_names = [name for name in axis if name not in known]
@@ -63,7 +65,7 @@ class View:
                 raise ValueError(
                     f"view {pattern!r}: give the sizes of all but one of {open_names}, as in {open_names[-1]}=4"
                 )
-            if (length % given if open_names else length != given) or given == 0:
+            if length % given if open_names else length != given:
                 raise ValueError(f"view {pattern!r}: an axis of {length} is not made of {axis} with sizes {known}")
             if open_names:
                 known[open_names[0]] = length // given

@@ -1,5 +1,6 @@
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -45,10 +46,10 @@ def decode(
 def _open(item: dict | None, what: str, size: int | None) -> Image.Image:
     if item is None or (item["bytes"] is None and item["path"] is None):
         raise UsageError(f"{what} is empty; remove that row")
-    source = item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"])
     named = f" ({item['path']})" if item["bytes"] is None else ""
     try:
-        image = Image.open(source)
+        # In memory: of a damaged file Pillow leaves the handle open.
+        image = Image.open(io.BytesIO(Path(item["path"]).read_bytes() if item["bytes"] is None else item["bytes"]))
         image.load()
     # A damaged file makes Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error.
     except Exception as error:
