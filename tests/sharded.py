@@ -49,6 +49,12 @@ OPTIMIZERS = {
     "riemannian_adam": lambda plan: fg.riemannian_adam(0.02, plan),
 }
 
+SHARED_OUT = {
+    "fgsgd": lambda plan, mesh: fg.fgsgd(0.5, plan, momentum=0.9, share_out=mesh),
+    "chain": lambda plan, mesh: optax.chain(fg.project(plan), optax.sgd(0.5), fg.retract(plan, mesh), fg.rescale(plan)),
+    "adam": lambda plan, mesh: fg.on_manifolds(optax.adam(0.1), plan, share_out=mesh),
+}
+
 
 def on_inputs(name):
     return {path: P(*([None] * (len(shape) - 2)), name, None) for path, shape in SHAPES.items() if len(shape) > 1}
@@ -159,6 +165,35 @@ def gathers(kind, optimizer, *paths):
     return found
 
 
+def shared_out(kind, optimizer):
+    """Eleven matrices that every device holds: their retraction on all devices against that on each."""
+    mesh, make = mesh_of(kind), SHARED_OUT[optimizer]
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(mesh):
+        params = {str(n): np.asarray(rng.standard_normal((16, 8)), np.float32) for n in range(11)}
+        params = placed(params, mesh, {})
+        plan = fg.plan(params, [("*", fg.Whole(fg.Stiefel(), view=MATRIX))])
+        start = fg.initialize(jax.random.key(0), params, plan)
+        found = []
+        for mesh_or_none in (None, mesh):
+            tx = make(plan, mesh_or_none)
+            state = tx.init(start)
+            step = jax.jit(tx.update).lower(params, state, start).compile()
+            now = start
+            for _ in range(STEPS):
+                updates, state = step(params, state, now)
+                now = optax.apply_updates(now, updates)
+            found.append((now, step.cost_analysis()["flops"]))
+        (each, all_of_it), (together, part) = found
+        return {
+            "gap": gap(each, together),
+            "moved": gap(together, start),
+            "violation": max(float(v) for v in fg.violation(together, plan).values()),
+            "placed": all(x.sharding.is_fully_replicated for x in together.values()),
+            "flops": part / all_of_it,
+        }
+
+
 def checkpoint():
     """State and plan saved on eight devices, read on four and on one; then a step there, as here."""
     import orbax.checkpoint as ocp
@@ -208,6 +243,8 @@ def main(names):
             found[name] = checkpoint()
         elif first == "gathers":
             found[name] = gathers(*rest)
+        elif first == "shared out":
+            found[name] = shared_out(*rest)
         else:
             found[name] = case(first, *rest)
     print(json.dumps(found))

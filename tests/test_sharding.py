@@ -19,6 +19,7 @@ OPTIMIZERS = ("fgsgd", "chain", "adam", "riemannian_adam")
 USUAL = "Explicit/fully/fgsgd"
 OTHERS = [f"{kind}/{layout}/{name}" for kind in TYPES for layout in LAYOUTS for name in OPTIMIZERS]
 SLICES = [f"gathers/{kind}/{name}/conv/conv2" for kind, name in (("Auto", "fgsgd"), ("Explicit", "adam"))]
+SHARED_OUT = [f"shared out/{kind}/{name}" for kind in TYPES for name in ("fgsgd", "chain", "adam")]
 WHOLE = "gathers/Auto/fgsgd/qr"
 
 
@@ -35,7 +36,7 @@ def usual():
 
 @pytest.fixture(scope="module")
 def others():
-    return results(*(case for case in OTHERS if case != USUAL), WHOLE, "checkpoint")
+    return results(*(case for case in OTHERS if case != USUAL), *SHARED_OUT, WHOLE, "checkpoint")
 
 
 def check(found):
@@ -69,6 +70,18 @@ def test_slices_shared_out_over_channels_stay_where_they_are(usual, case):
 def test_gathers_are_found(others):
     """Of a matrix whose columns are on different devices, QR needs the whole."""
     assert others[WHOLE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARED_OUT)
+def test_each_device_can_retract_its_part_of_the_matrices(others, case):
+    found = others[case]
+    assert found["gap"] <= 2e-6
+    assert found["violation"] <= 1e-6
+    assert found["moved"] > 0.05
+    assert found["placed"]
+    # A device has two of eleven matrices to retract; projection and the rest it does for all.
+    assert found["flops"] < 0.75
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
@@ -13,6 +14,7 @@ from ._normalize import normalized_groups, zeros
 from ._refuse import counted, finite_matrices, finite_others, none_refused
 from ._retract import largest_by_layer
 from ._scale import Scale
+from ._share_out import displace
 from ._states import FgsgdState
 from ._zeta import Scalar, check_options
 
@@ -30,6 +32,7 @@ def fgsgd(
     max_change: float | Literal["auto"] | None = "auto",
     warmup: tuple[int, int] | None = None,
     radii: Literal["gamma", "fitted"] = "gamma",
+    share_out: jax.sharding.Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Fine-grained SGD: SGD on collections of products of manifolds.
 
@@ -52,6 +55,9 @@ def fgsgd(
       max_change: largest factor by which a radius changes at once.
       warmup: (updates, until), a shorter period at first.
       radii: of the first epoch.
+      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
+        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
+        displacements. None to have every device do all of it.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`.
@@ -158,7 +164,7 @@ def fgsgd(
         for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
             radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
             v = batch.stack(moved)
-            displacement, ratio = mixture.displace(batch.stack(points), v, radius, tangent=momentum is None)
+            displacement, ratio = displace(batch, mixture, batch.stack(points), v, radius, momentum is None, share_out)
             displacements |= batch.unstack(displacement, wider(points, gradients))
             ratios.append((batch, largest_by_layer(batch, ratio)))
         return displacements, rescaled, figures(state.step_ratio, ratios)

@@ -12,6 +12,7 @@ from ._normalize import zeros
 from ._refuse import counted, finite_matrices, finite_others, none_refused
 from ._retract import largest_by_layer
 from ._scale import Scale
+from ._share_out import displace
 from ._states import OnManifoldsState
 
 
@@ -23,6 +24,7 @@ def on_manifolds(
     max_change: float | Literal["auto"] | None = "auto",
     warmup: tuple[int, int] | None = None,
     radii: Literal["gamma", "fitted"] = "gamma",
+    share_out: jax.sharding.Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs any Optax optimizer with its weights on their manifolds.
 
@@ -39,6 +41,9 @@ def on_manifolds(
       max_change: largest factor by which radii change at once.
       warmup: (updates, until), a shorter period at first.
       radii: of the first epoch.
+      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
+        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
+        displacements. None to have every device do all of it.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`; other extra arguments go to `inner`.
@@ -106,7 +111,8 @@ def on_manifolds(
         rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []
         for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
             radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
-            displacement, ratio = mixture.displace(batch.stack(points), batch.stack(leaves), radius)
+            x, v = batch.stack(points), batch.stack(leaves)
+            displacement, ratio = displace(batch, mixture, x, v, radius, False, share_out)
             displacements |= batch.unstack(displacement, wider(points, leaves))
             ratios.append((batch, largest_by_layer(batch, ratio)))
         return displacements, rescaled, figures(state.step_ratio, ratios)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 from jaxtyping import Array, Float
 
@@ -10,16 +11,20 @@ from ..linalg import largest
 from ..manifolds import Mixture
 from ._links import constrained, constrained_leaves, wider
 from ._normalize import zeros
+from ._share_out import displace
 from ._states import RetractState
 
 
-def retract(plan: Plan) -> optax.GradientTransformationExtraArgs:
+def retract(plan: Plan, share_out: jax.sharding.Mesh | None = None) -> optax.GradientTransformationExtraArgs:
     """Turns tangent vectors into displacements that end on the manifolds.
 
     The update v of a matrix ω becomes φ_ω(v) - ω with the retraction φ of its manifold, at the radius of ω as given.
 
     Args:
       plan: the plan of the parameters.
+      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
+        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
+        displacements. None to have every device do all of it.
 
     Returns:
       A transformation whose `update` needs `params`, to put behind the learning rate. Only `rescale` may follow it:
@@ -62,7 +67,7 @@ def retract(plan: Plan) -> optax.GradientTransformationExtraArgs:
             x, v = batch.stack(points), batch.stack(leaves)
             mixture = Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
             mixture = mixture.at(mixture.radius_of(x))
-            displacement, ratio = mixture.displace(x, v, tangent=True)
+            displacement, ratio = displace(batch, mixture, x, v, None, True, share_out)
             displacements |= batch.unstack(displacement, wider(points, leaves))
             ratios.append((batch, largest_by_layer(batch, ratio)))
         return displacements, figures(state.step_ratio, ratios)

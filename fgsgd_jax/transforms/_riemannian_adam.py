@@ -40,6 +40,7 @@ def riemannian_adam(
     max_change: float | Literal["auto"] | None = "auto",
     warmup: tuple[int, int] | None = None,
     radii: Literal["gamma", "fitted"] = "gamma",
+    share_out: jax.sharding.Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Riemannian Adam: one second moment for every matrix, the first moment carried to each new point.
 
@@ -62,6 +63,9 @@ def riemannian_adam(
       max_change: largest factor by which radii change at once.
       warmup: (updates, until), a shorter period at first.
       radii: of the first epoch.
+      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
+        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
+        displacements. None to have every device do all of it.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`.
@@ -86,7 +90,7 @@ def riemannian_adam(
       True
     """
     inner = optax.chain(_scale_by_riemannian_adam(plan, b1, b2, eps), optax.scale_by_learning_rate(learning_rate))
-    return on_manifolds(inner, plan, every, lambda_floor, max_change, warmup, radii)
+    return on_manifolds(inner, plan, every, lambda_floor, max_change, warmup, radii, share_out)
 
 
 def _scale_by_riemannian_adam(plan: Plan, b1: Scalar, b2: Scalar, eps: Scalar) -> optax.GradientTransformation:
