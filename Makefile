@@ -6,7 +6,12 @@ BIN := $(VENV)/bin
 # Threaded BLAS collapses when another process runs; XLA brings its own threads.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all compat docs notebooks dist lint format clean
+# What needs no more than library and adapters.
+LIBRARY := $(patsubst %,tests/test_%.py,bounds_conv bounds_generalization bounds_linalg bounds_norms features flax groups \
+	linalg manifolds manifolds_pymanopt mixture readme riemannian_adam transforms)
+OLDEST := jax==0.8.1 optax==0.2.5 einops==0.8 jaxtyping==0.3 flax==0.12.1
+
+.PHONY: demo test test-all compat docs notebooks dist wheel oldest lint format clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +42,18 @@ dist: $(VENV)/.ready  ## wheel and sdist, into dist/
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
+wheel: dist  ## the fast tests of library and adapters on the wheel, in an environment that has nothing else
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-wheel/bin/python -m pip install --quiet "$$(ls dist/*.whl)[flax]" --group tests
+	$(VENV)-wheel/bin/pytest -n 2 --dist loadfile -q -m "not slow" $(LIBRARY)
+
+oldest:  ## the same with the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-oldest/bin/python -m pip install --quiet --editable ".[flax]" --group tests $(OLDEST)
+	$(VENV)-oldest/bin/pytest -n 2 --dist loadfile -q -m "not slow" $(LIBRARY)
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +64,4 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist build runs site
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest dist build runs site

@@ -54,7 +54,7 @@ def test_devices_together_see_what_one_device_sees():
 
 
 def test_sharded_arrays_need_nothing():
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     x = jax.random.normal(jax.random.key(0), (16, 5, 3)) + 2
     placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
     close(jax.jit(lambda x: batch_moments(x, (-1,)))(placed), x, (-1,))
@@ -102,6 +102,7 @@ def recorded():
 @pytest.mark.parametrize("graph", [True, False], ids=["graph mode", "tree mode"])
 def test_nnx_records_what_enters(graph, recorded):
     model = fg.nnx.observe(Model(nnx.Rngs(0)))
+    pytest.importorskip("flax", minversion="0.12.4", reason="nnx.jit has no tree mode")
     call = nnx.jit(lambda model, x: model(x), graph=graph)
     call(model, inputs(0))
     call(model, inputs(1))
@@ -343,7 +344,7 @@ def test_the_function_of_the_weights_changes_by_the_ratio_of_the_scales():
     updates, state = tx.update(still, state, params, feature_moments=moments_of(x))
     ratio = np.asarray(updates["l0"]["kernel"] + params["l0"]["kernel"]) / np.asarray(params["l0"]["kernel"])
     expected = np.broadcast_to((1 / np.std(x, axis=0)).reshape(1, 1, 4, 1), ratio.shape)
-    np.testing.assert_allclose(ratio, expected, rtol=1e-5)
+    np.testing.assert_allclose(ratio, expected, rtol=3e-5)
 
 
 def test_grouped_convolutions_have_a_radius_for_input_and_output():

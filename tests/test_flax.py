@@ -9,6 +9,7 @@ import fgsgd_jax as fg
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "tree"])
 def test_nnx_optimizer_in_either_mode(graph, users_settings):
+    pytest.importorskip("flax", minversion="0.12.8", reason="the optimizer has no tree mode")
     from flax import nnx
 
     model = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
