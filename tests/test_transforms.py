@@ -894,3 +894,42 @@ def test_linen_train_state(users_settings):
         state = step(state)
     assert worst_violation(state.params, layers_of(state.params, plan)) <= 1e-6
     assert np.max(np.abs(state.params["Conv_0"]["kernel"] - params["Conv_0"]["kernel"])) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda plan: fg.fgsgd(0.05, plan, radii="fitted"),
+        lambda plan: fg.on_manifolds(optax.sgd(0.05), plan, radii="fitted"),
+    ],
+    ids=["fgsgd", "on_manifolds"],
+)
+def test_a_trained_net_is_fine_tuned_at_its_own_scale(make):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 6)).astype(np.float32)
+    y = np.tanh(x @ rng.standard_normal((6, 4)).astype(np.float32)) @ rng.standard_normal((4, 1)).astype(np.float32)
+    trained = {
+        "hidden": rng.standard_normal((6, 4)).astype(np.float32),
+        "out": rng.standard_normal((4, 1)).astype(np.float32),
+    }
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        return jnp.mean((jnp.tanh(x @ params["hidden"]) @ params["out"] - y) ** 2)
+
+    for _ in range(300):
+        trained = jax.tree.map(lambda w, g: w - 0.1 * g, trained, loss(trained)[1])
+    plan = fg.plan(trained, [("hidden", fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o")), ("*", None)])
+    params = fg.nearest(trained, plan, radii="fitted")
+    tx = make(plan)
+    state = tx.init(params)
+    radius = float(fg.radii(state)["hidden"].squeeze())
+    # The nearest multiple of orthonormal columns: the mean of the singular values.
+    np.testing.assert_allclose(radius, np.linalg.svd(trained["hidden"], compute_uv=False).mean(), rtol=1e-5)
+    before, step = float(loss(params)[0]), jax.jit(tx.update)
+    for _ in range(100):
+        updates, state = step(loss(params)[1], state, params)
+        params = optax.apply_updates(params, updates)
+    assert float(loss(params)[0]) < before / 2
+    assert h.violation("stiefel", params["hidden"], radius) <= 1e-6
