@@ -10,7 +10,7 @@ def test_the_readme_runs(users_settings, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) >= 3
     # Networks of either kind train in so many lines.
-    assert all(len([line for line in block.splitlines() if line.strip()]) <= 15 for block in blocks[:2])
+    assert all(len([line for line in block.splitlines() if line.strip()]) <= 12 for block in blocks[:2])
     assert len(README.read_text().splitlines()) <= 120
     names: dict = {}
     for block in blocks:
