@@ -234,8 +234,9 @@ def jacobian_norms(kind, params, x):
     return jnp.linalg.norm(jacobians.reshape(len(x), 10, -1), 2, (1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("weights", [pytest.param("gaussian", marks=pytest.mark.slow), "positive"])
+@pytest.mark.parametrize("weights", ["gaussian", "positive"])
 def test_neither_gradients_at_real_inputs_nor_an_adversarial_search_exceed_the_bound(kind, weights, images):
     params = network(weights)
     bound = math.exp(fg.log_lipschitz(NETWORKS[kind], fg.conv_norms(params, GEOMETRIES)))

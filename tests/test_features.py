@@ -166,6 +166,7 @@ def test_nnx_observes_stacked_layers_under_scan_and_remat(users_settings):
         x = jnp.tanh(x @ model.layers.kernel[layer] + model.layers.bias[layer][None])
 
 
+@pytest.mark.slow
 def test_nnx_keeps_float32_moments_of_a_bfloat16_model(users_settings):
     model = fg.nnx.observe(Model(nnx.Rngs(0), dtype=jnp.bfloat16))
     model(inputs())
@@ -347,6 +348,7 @@ def test_the_function_of_the_weights_changes_by_the_ratio_of_the_scales():
     np.testing.assert_allclose(ratio, expected, rtol=3e-5)
 
 
+@pytest.mark.slow
 def test_grouped_convolutions_have_a_radius_for_input_and_output():
     plan, params, tx, state = started(layers((3, 3, 2, 6)), fg.Each(fg.Sphere()), every=1, max_change=None)
     x = jax.random.normal(jax.random.key(0), (50, 6)) * jnp.arange(1.0, 7.0).reshape(1, 6)
@@ -359,6 +361,7 @@ def test_grouped_convolutions_have_a_radius_for_input_and_output():
             assert float(fg.radii(state)["l0/kernel"][c, d]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_views_that_mix_channels_pool_them():
     params = {"w": jnp.zeros((8, 5))}
     plan = fg.plan(params, [("w", fg.Whole(fg.Oblique(), view="i o -> 1 1 i o"))])
@@ -453,7 +456,7 @@ WHOLE = fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o")
 BY_CHANNEL = fg.Each(fg.Sphere(), view="i o -> i 1 o 1")
 
 
-@pytest.mark.parametrize("depth", [10, 20, 50])
+@pytest.mark.parametrize("depth", [10, 20, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("scheme", "ordered", "max_change", "after", "spread"),
     [

@@ -17,6 +17,8 @@ MIX = (fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean())
 # Above the size from which products are shared, and above that of two chunks, with a remainder.
 COUNTS = {"whole": 1030, "chunked": 2 * 16384 + 5}
 CASES = [((3, 3), "float32"), ((3, 3), "float64"), ((5, 3), "float32"), ((4, 1), "float32")]
+# One compilation for the branch of small steps and the safe one, and one of a tall matrix.
+QUICK = [(CASES[0], 0.3), (CASES[0], 30.0), (CASES[2], 0.3)]
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
@@ -59,7 +61,9 @@ def test_few_or_large_matrices_keep_the_usual_layout():
     assert not share_products(MIX, (4096, 2, 3))
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])], ids=str
+)
 def test_shared_projection_is_that_of_each_manifold(shape, dtype):
     mixture, x, g = batch(shape, COUNTS["whole"], dtype, MIX)
     expected = piecewise(project, mixture, x, g)
@@ -68,7 +72,12 @@ def test_shared_projection_is_that_of_each_manifold(shape, dtype):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "length", "size"),
-    [(*case, length, "whole") for case in CASES for length in (0.003, 0.3, 30.0)] + [(*CASES[0], 0.3, "chunked")],
+    [
+        pytest.param(*case, length, "whole", marks=() if (case, length) in QUICK else pytest.mark.slow)
+        for case in CASES
+        for length in (0.003, 0.3, 30.0)
+    ]
+    + [pytest.param(*CASES[0], 0.3, "chunked", marks=pytest.mark.slow)],
     ids=str,
 )
 def test_shared_retraction_is_that_of_each_manifold(shape, dtype, length, size):

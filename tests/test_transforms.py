@@ -297,7 +297,9 @@ def test_zeta_is_eq_5_and_eq_7(rho, c, dtype):
     assert np.all(np.isfinite(updates["k"]))
     found = np.sqrt(np.sum(np.asarray(updates["k"], np.float64) ** 2, axis=(0, 1, 2)))
     expected = lengths / [reference.zeta(r, rho, c) for r in lengths]
-    np.testing.assert_allclose(found, expected, rtol=1e-6 if dtype == "float32" else 1e-12)
+    # In float32 nothing is left of a step of 1e-25.
+    rtol, atol = (1e-6, 1e-24) if dtype == "float32" else (1e-12, 0)
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
     if (rho, c) == (1.0, 0.0):
         # zeta = 1, that is, nothing changes, iff R <= sqrt(2) - 1; above it the step is 1/(2 + R).
         changed = np.any(np.asarray(updates["k"]) != np.asarray(grads["k"]), axis=(0, 1, 2))
@@ -326,6 +328,7 @@ def test_zeta_is_of_the_group_and_of_the_tangential_part():
         np.testing.assert_allclose(found[group == number], expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_step_is_bounded_by_the_rate():
     """Without momentum no group moves further than 0.4143 r_t along its tangent, whatever the gradient."""
     params, plan = network(gamma=1.0)
@@ -399,6 +402,7 @@ def test_small_radii_and_steps_far_larger(retraction, momentum):
     assert largest > 300  # the steps were as long as this test says
 
 
+@pytest.mark.slow
 def test_bf16_parameters_reach_bf16_roundoff():
     params, plan = network(dtype="bfloat16")
     rng = np.random.default_rng(0)
@@ -721,6 +725,7 @@ def test_multi_steps(lenient_promotion):
     chex.assert_trees_all_close(here, expected, rtol=0, atol=1e-7)  # MultiSteps averages in float32
 
 
+@pytest.mark.slow
 def test_inject_hyperparams(lenient_promotion):
     params, plan = network()
     grads = gaussians(SHAPES, "float64", 3)
