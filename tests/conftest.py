@@ -58,3 +58,24 @@ def refused(capsys):
         return err
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The figures that tests put down by `record_property`: by file the sums, and the largest of what is the worst."""
+    figures = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties if report.when == "call" else ():
+            of_file = figures.setdefault(report.nodeid.partition("::")[0], {})
+            of_file[name] = (
+                max(of_file.get(name, 0), value) if name.startswith("worst") else of_file.get(name, 0) + value
+            )
+    if figures:
+        terminalreporter.section("figures")
+        for file, found in sorted(figures.items()):
+            terminalreporter.line(
+                f"{file}: "
+                + ", ".join(
+                    f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value:,}"
+                    for name, value in found.items()
+                )
+            )

@@ -9,7 +9,15 @@ from jaxtyping import Array
 
 from ..groups import Plan, automatic, batches, buckets, figures, from_paths, groups_of, kinds_of
 from ..manifolds import Euclidean, compute_dtype
-from ._links import check_on_manifold, check_still_on_manifold, constrained, constrained_leaves, mixtures_of, wider
+from ._links import (
+    check_on_manifold,
+    check_still_on_manifold,
+    constrained,
+    constrained_leaves,
+    held,
+    mixtures_of,
+    wider,
+)
 from ._normalize import normalized_groups, zeros
 from ._refuse import counted, finite_matrices, finite_others, none_refused
 from ._retract import largest_by_layer
@@ -120,7 +128,8 @@ def fgsgd(
         points = constrained_leaves(params, plan, "parameters", "fg.fgsgd")
         check_still_on_manifold(params, plan, "fg.fgsgd", state.radii)
         gradients = constrained_leaves(updates, plan, "updates", "fg.fgsgd")
-        own, whole = state._replace(inner=None), constrained(plan, points)
+        own, gradients = held(state._replace(inner=None), gradients, plan)
+        whole = constrained(plan, points)
         like = (whole, state.zeta_share, state.grad_norm, state.refused)
         steps, shares, norms, refused = automatic(normalized, points, gradients, own, rho, curvature, like=like)
         others, refused = finite_others(gradients, plan, refused)

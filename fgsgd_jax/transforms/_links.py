@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
 
@@ -44,6 +45,16 @@ def constrained_leaves(tree: Any, plan: Plan, role: str, link: str) -> dict[str,
 def constrained(plan: Plan, leaves: dict[str, Array]) -> dict[str, Array]:
     """The leaves that have a collection."""
     return {path: leaves[path] for path in plan.collections}
+
+
+def held(state: Any, leaves: dict[str, Array], plan: Plan) -> tuple[Any, dict[str, Array]]:
+    """The same state and leaves, tied together for the compiler.
+
+    What does not change from step to step (kinds, groups, radii) it would otherwise move out of a loop over steps, and
+    round what is left in the loop in another way: a loop inside a program would give other bits than one in Python.
+    """
+    state, tied = lax.optimization_barrier((state, constrained(plan, leaves)))
+    return state, leaves | tied
 
 
 def wider(points: dict[str, Array], updates: dict[str, Array]) -> dict[str, Array]:

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from ..groups import Batch, Bucket, Plan, Stacked, automatic, batches, buckets, figures, from_paths, groups_of
 from ..linalg import largest, squared_norm
-from ._links import constrained, constrained_leaves
+from ._links import constrained, constrained_leaves, held
 from ._states import NormalizeState
 from ._zeta import Scalar, check_options, of_groups, reciprocal_zeta
 
@@ -55,6 +55,7 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del params, extra_args
         leaves = constrained_leaves(updates, plan, "updates", "fg.normalize_by_zeta")
+        state, leaves = held(state, leaves, plan)
         like = constrained(plan, leaves), state
         steps, state = automatic(normalized, leaves, state, rho, curvature, like=like)
         return from_paths(leaves | steps, updates), state

@@ -7,7 +7,15 @@ import optax
 from jaxtyping import Array
 
 from ..groups import Plan, Stacked, automatic, batches, buckets, figures, from_paths, kinds_of
-from ._links import check_on_manifold, check_still_on_manifold, constrained, constrained_leaves, mixtures_of, wider
+from ._links import (
+    check_on_manifold,
+    check_still_on_manifold,
+    constrained,
+    constrained_leaves,
+    held,
+    mixtures_of,
+    wider,
+)
 from ._normalize import zeros
 from ._refuse import counted, finite_matrices, finite_others, none_refused
 from ._retract import largest_by_layer
@@ -86,7 +94,7 @@ def on_manifolds(
         check_still_on_manifold(params, plan, "fg.on_manifolds", state.radii)
         leaves = constrained_leaves(updates, plan, "updates", "fg.on_manifolds")
         whole = constrained(plan, points)
-        own = state._replace(inner=None)
+        own, leaves = held(state._replace(inner=None), leaves, plan)
         tangents, refused = automatic(projected, points, leaves, own, like=(whole, state.refused))
         others, refused = finite_others(leaves, plan, refused)
         leaves |= others | tangents

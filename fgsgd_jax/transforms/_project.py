@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from ..groups import Plan, Stacked, automatic, batches, buckets, from_paths, kinds_of
 from ..manifolds import Mixture
-from ._links import constrained, constrained_leaves
+from ._links import constrained, constrained_leaves, held
 from ._refuse import counted, finite_matrices, finite_others, none_refused
 from ._states import ProjectState
 
@@ -50,7 +50,7 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.project")
-        leaves = constrained_leaves(updates, plan, "updates", "fg.project")
+        state, leaves = held(state, constrained_leaves(updates, plan, "updates", "fg.project"), plan)
         like = constrained(plan, points), state.refused
         tangents, refused = automatic(projected, points, leaves, state, like=like)
         others, refused = finite_others(leaves, plan, refused)

@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from ..groups import Plan, automatic, batches, buckets, from_paths, kinds_of
 from ..manifolds import Mixture
-from ._links import check_on_manifold, constrained, constrained_leaves, wider
+from ._links import check_on_manifold, constrained, constrained_leaves, held, wider
 from ._scale import Scale
 from ._states import RescaleState
 
@@ -83,7 +83,7 @@ def rescale(
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.rescale")
-        leaves = constrained_leaves(updates, plan, "updates", "fg.rescale")
+        state, leaves = held(state, constrained_leaves(updates, plan, "updates", "fg.rescale"), plan)
         like = constrained(plan, points), state.scale
         displacements, rescaled = automatic(rescaled_points, points, leaves, state, feature_moments, like=like)
         return from_paths(leaves | displacements, updates), RescaleState(state.kinds, *rescaled)

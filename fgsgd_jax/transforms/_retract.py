@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from ..groups import Batch, Plan, Stacked, automatic, batches, buckets, figures, from_paths, kinds_of
 from ..linalg import largest
 from ..manifolds import Mixture
-from ._links import constrained, constrained_leaves, wider
+from ._links import constrained, constrained_leaves, held, wider
 from ._normalize import zeros
 from ._share_out import displace
 from ._states import RetractState
@@ -56,7 +56,7 @@ def retract(plan: Plan, share_out: jax.sharding.Mesh | None = None) -> optax.Gra
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.retract")
-        leaves = constrained_leaves(updates, plan, "updates", "fg.retract")
+        state, leaves = held(state, constrained_leaves(updates, plan, "updates", "fg.retract"), plan)
         like = constrained(plan, points), state.step_ratio
         displacements, ratio = automatic(retracted, points, leaves, state, like=like)
         return from_paths(leaves | displacements, updates), RetractState(state.kinds, ratio)
