@@ -260,7 +260,9 @@ def test_a_damaged_checkpoint_is_whole_or_refused_in_words(experiments, tmp_path
     params = fg.initialize(jax.random.key(0), params, plan)
     tx = fg.fgsgd(0.1, plan, momentum=0.9)
     totals = Totals(jnp.int32(1), jnp.int32(2), jnp.float32(3), {})
-    state = TrainState(jnp.int32(3), jnp.uint32(0), params, {}, tx.init(params), totals)
+    known = {"step": jnp.int32(3), "seed": jnp.uint32(0), "params": params, "stats": {}, "totals": totals}
+    known["opt_state"] = tx.init(params)
+    state = TrainState(**dict.fromkeys(TrainState._fields, jnp.float32(0)) | known)
     about = {"config": experiments.TrainConfig().to_dict(), "plan": plan.to_json()}
     folder = tmp_path / "checkpoints"
     checkpoints = Checkpoints(folder)

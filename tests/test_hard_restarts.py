@@ -66,7 +66,16 @@ def test_a_full_disk_is_said_and_costs_the_new_checkpoint_only(tmp_path):
 @pytest.fixture
 def state():
     params = {"kernel": jnp.ones((3, 2), jnp.float32)}
-    return TrainState(jnp.int32(3), jnp.uint32(0), params, {}, (), Totals(*map(jnp.int32, (1, 2)), jnp.float32(3), {}))
+    totals = Totals(jnp.int32(1), jnp.int32(2), jnp.float32(3), {})
+    known = {
+        "step": jnp.int32(3),
+        "seed": jnp.uint32(0),
+        "params": params,
+        "stats": {},
+        "opt_state": (),
+        "totals": totals,
+    }
+    return TrainState(**dict.fromkeys(TrainState._fields, jnp.float32(0)) | known)
 
 
 def full(*_, **__):
