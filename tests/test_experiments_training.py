@@ -254,13 +254,14 @@ def test_the_baseline_is_momentum_sgd_with_l2_as_in_torch(baseline):
     """Against the formula of torch.optim.SGD in NumPy, from the same gradients."""
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(2, 3)).astype(np.float32)}
-    buffer, state = np.zeros((2, 3), np.float32), baseline._tx.init(params)
+    optimizer = baseline._optimizer(jnp.float32(baseline.config.lr), None)
+    buffer, state = np.zeros((2, 3), np.float32), optimizer.init(params)
     expected = params["kernel"].copy()
     for step in range(3):
         grads = {"kernel": rng.normal(size=(2, 3)).astype(np.float32)}
         buffer = 0.9 * buffer + grads["kernel"] + 5e-4 * expected
-        expected = expected - float(baseline._rate(step)) * buffer
-        updates, state = baseline._tx.update(grads, state, params)
+        expected = expected - baseline.config.lr * float(baseline._unit_rate(step)) * buffer
+        updates, state = optimizer.update(grads, state, params)
         params = {"kernel": params["kernel"] + np.asarray(updates["kernel"])}
         np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5)
 
@@ -319,3 +320,14 @@ def test_an_epoch_sees_different_images_in_an_order_of_its_own(trainer):
 def test_a_batch_larger_than_the_data_is_refused(data):
     with pytest.raises(UsageError, match="--batch-size 151 is more than the 150 training images"):
         Trainer(dataclasses.replace(CONFIG, batch_size=151), data)
+
+
+def test_evaluation_knows_nothing_of_the_averages_start(trainer):
+    state = trainer.start(0)
+    found = trainer.averages(trainer.advance(trainer.start(0), trainer.order(state), 2))
+    # Two steps from elsewhere: what they began with is 0.81 of the averages, and must not show.
+    other = state._replace(stats=jax.tree.map(jnp.zeros_like, state.stats))
+    raw = trainer.advance(trainer.devices.whole(other), trainer.order(state), 2).stats
+    for (path, average), plain in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(raw), strict=True):
+        expected = np.asarray(plain) / (1 - 0.9**2)
+        np.testing.assert_allclose(average, expected, rtol=1e-4, atol=1e-5, err_msg=str(path))

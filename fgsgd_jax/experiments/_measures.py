@@ -87,7 +87,7 @@ class Measurer:
         images, scores = trainer.data.train.images, self._all_scores(state)
         labels = trainer.data.train.labels
         inputs = (images - np.asarray(trainer.train_data.mean)) / np.asarray(trainer.train_data.std)
-        scales = _scales(params, state.stats, self._geometries)
+        scales = _scales(params, trainer.averages(state), self._geometries)
         bounds = fg.generalization_bounds(
             params,
             plan,
@@ -115,8 +115,9 @@ class Measurer:
 
     def _all_scores(self, state: TrainState) -> np.ndarray:
         count, batch = len(self._trainer.data.train), self._trainer.config.batch_size
+        stats = self._trainer.averages(state)
         scores = [
-            self._scores(state.params, state.stats, self._trainer.train_data, first) for first in range(0, count, batch)
+            self._scores(state.params, stats, self._trainer.train_data, first) for first in range(0, count, batch)
         ]
         return np.concatenate(jax.device_get(scores))[:count]
 

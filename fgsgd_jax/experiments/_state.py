@@ -28,6 +28,8 @@ class TrainState(NamedTuple):
 
     step: Int32[Array, ""]
     seed: UInt32[Array, ""]
+    lr: Float[Array, ""]
+    """The learning rate at the first step: data, so that a search over rates compiles once."""
     params: dict[str, Any]
     stats: dict[str, Any]
     opt_state: Any

@@ -18,6 +18,8 @@ from ._device_data import DeviceSplit, normalize, to_devices
 from ._devices import Devices
 from ._errors import UsageError
 from ._models import build
+from ._models._initializers import BN_MOMENTUM
+from ._models._model import Stats
 from ._optimizer import make_optimizer, make_plan
 from ._schedules import schedule
 from ._state import Figures, Glance, Totals, TrainState, Zeta
@@ -67,10 +69,10 @@ class Trainer:
         self._shapes, _ = jax.eval_shape(self._model.init, jax.random.key(0))
         self._trace = self._model.trace(data.train.images.shape[1:3])
         self._augmentation: Augmentation = resolve(config.augment, data.name)
-        self._rate = schedule(config.schedule, config.lr, self.total_steps)
+        # Every schedule is proportional to the rate that it starts from.
+        self._unit_rate = schedule(config.schedule, 1.0, self.total_steps)
         self._plans: dict[int, fg.Plan | None] = {}
         plan = self.plan_of(config.seed)
-        self._tx = make_optimizer(config, self._rate, plan, self.steps_per_epoch)
         self._observes = plan is not None and config.lambda_ == "epoch"
         # The number of each parameter's groups, which is the same for every seed.
         collections = {} if plan is None else plan.collections
@@ -86,6 +88,7 @@ class Trainer:
         self._step = jax.jit(self._one_step, donate_argnums=0)
         self._steps = jax.jit(self._many_steps, donate_argnums=0)
         self._norms = jax.jit(_norms)
+        self._averages = jax.jit(_averages)
         # Copies, since the step that follows gives the buffers away.
         self._copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self._test_batch = jax.jit(self._count_errors)
@@ -96,16 +99,17 @@ class Trainer:
             self._plans[seed] = make_plan(self.config, self._shapes, seed, self._trace)
         return self._plans[seed]
 
-    def start(self, seed: int) -> TrainState:
-        """The state before the first step."""
+    def start(self, seed: int, lr: float | None = None) -> TrainState:
+        """The state before the first step; the learning rate is that of the options where left out."""
+        rate = jnp.float32(self.config.lr if lr is None else lr)
         key, plan = jax.random.key(seed), self.plan_of(seed)
         params, stats = self._init(jax.random.fold_in(key, WEIGHTS))
         if plan is not None:
             params = fg.initialize(jax.random.fold_in(key, MANIFOLDS), params, plan)
-        opt_state = make_optimizer(self.config, self._rate, plan, self.steps_per_epoch).init(params)
+        opt_state = self._optimizer(rate, plan).init(params)
         zeta = {path: Zeta(jnp.float32(0), jnp.float32(0), jnp.float32(0)) for path in self._groups}
         totals = Totals(jnp.int32(0), jnp.int32(0), jnp.float32(0), zeta)
-        state = TrainState(jnp.int32(0), jnp.uint32(seed), params, stats, opt_state, totals)
+        state = TrainState(jnp.int32(0), jnp.uint32(seed), rate, params, stats, opt_state, totals)
         # Copied, since steps give their state's buffers away and the optimizer's may be shared with the plan. Placed,
         # since restored states are: to JAX, an array that is not would be reason to compile again.
         return self.devices.whole(self._copied(state))
@@ -154,11 +158,19 @@ class Trainer:
             step_ratio=float(max(each.step_ratio for each in zeta.values())),
         )
 
+    def averages(self, state: TrainState) -> Stats:
+        """The averages of batch normalization without what they began with, for evaluation.
+
+        They begin with a variance of 1 and forget a tenth of it a step. Features at the weights' scale γ have variances
+        of 1e-3 and less: over the first hundred steps the 1 would be most of the average.
+        """
+        return self._averages(state.stats, state.step)
+
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """Loss and error (in percent) on the test images, each counted exactly once."""
-        count = len(self.test_data.labels)
+        count, stats = len(self.test_data.labels), self.averages(state)
         batches = [
-            self._test_batch(state.params, state.stats, self.test_data, first)
+            self._test_batch(state.params, stats, self.test_data, first)
             for first in range(0, count, self.config.batch_size)
         ]
         losses, wrong = zip(*jax.device_get(batches), strict=True)
@@ -166,16 +178,19 @@ class Trainer:
 
     def report(self, state: TrainState, plan: fg.Plan | None) -> dict[str, Any]:
         """The log's line for the epoch that the state has come to the end of. Errors are in percent."""
+        loss, error = self.evaluate(state)
+        return {"test": {"loss": loss, "error": error}} | self.report_training(state, plan)
+
+    def report_training(self, state: TrainState, plan: fg.Plan | None) -> dict[str, Any]:
+        """The same without a look at the test images."""
         glance = jax.device_get(self.glance(state, plan))
         figures = self.figures(glance)._asdict()
-        test_loss, test_error = self.evaluate(state)
         step = int(glance.step)
         record = {
             "epoch": step // self.steps_per_epoch,
             "step": step,
-            "lr": float(np.asarray(self._rate(step - 1))),
+            "lr": float(np.asarray(state.lr * self._unit_rate(step - 1))),
             "train": {"loss": figures.pop("loss"), "error": figures.pop("error")},
-            "test": {"loss": test_loss, "error": test_error},
             "norms": {path: float(norm) for path, norm in jax.device_get(self._norms(state.params)).items()},
         }
         if plan is None:
@@ -210,6 +225,10 @@ class Trainer:
                 }
         return scales
 
+    def _optimizer(self, lr: Array, plan: fg.Plan | None) -> optax.GradientTransformationExtraArgs:
+        """The optimizer at this rate. What it compiles to depends on no seed of the plan."""
+        return make_optimizer(self.config, lambda count: lr * self._unit_rate(count), plan, self.steps_per_epoch)
+
     # What is compiled.
 
     def _epoch_order(self, seed: Array, step: Array) -> Int32[Array, " n"]:
@@ -231,7 +250,8 @@ class Trainer:
 
         (loss, (logits, stats, moments)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         observed = {"feature_moments": moments} if self._observes else {}
-        updates, opt_state = self._tx.update(grads, state.opt_state, state.params, **observed)
+        tx = self._optimizer(state.lr, self.plan_of(self.config.seed))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **observed)
         params: Any = optax.apply_updates(state.params, updates)
 
         before = jax.tree.map(lambda total: jnp.where(place == 0, jnp.zeros_like(total), total), state.totals)
@@ -241,7 +261,7 @@ class Trainer:
             loss=before.loss + loss * batch,
             zeta=self._add_zeta(before.zeta, opt_state),
         )
-        return TrainState(state.step + 1, state.seed, params, stats, opt_state, totals)
+        return state._replace(step=state.step + 1, params=params, stats=stats, opt_state=opt_state, totals=totals)
 
     def _many_steps(self, state: TrainState, order: Array, data: DeviceSplit, count: Array) -> TrainState:
         # The count is traced: one program for every number of steps, and each step the same in all of them.
@@ -271,6 +291,18 @@ class Trainer:
 
 def _missed(logits: Float[Array, "n classes"], labels: Int32[Array, " n"]) -> Bool[Array, " n"]:
     return lax.argmax(logits, 1, jnp.int32) != labels
+
+
+def _averages(stats: Stats, step: Array) -> Stats:
+    left = jnp.float32(BN_MOMENTUM) ** step.astype(jnp.float32)
+    seen = jnp.where(step > 0, 1 - left, 1)
+
+    def without_start(path: Any, average: Array) -> Array:
+        if path[-1] == jax.tree_util.DictKey("var"):
+            average = jnp.maximum(average - jnp.where(step > 0, left, 0), 0)
+        return average / seen
+
+    return jax.tree_util.tree_map_with_path(without_start, stats)
 
 
 def _norms(params: Any) -> dict[str, Array]:
