@@ -107,13 +107,13 @@ def _form(value: Any) -> Any:
 
 
 def _line(record: Record) -> str:
-    # JSON has no NaN: a figure that is not finite is null.
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A record as JSON can have it: a figure that is not finite is null."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

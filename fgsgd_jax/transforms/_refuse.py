@@ -32,7 +32,7 @@ def finite_matrices(batch: Batch, t: Array) -> tuple[Array, list[Bool[Array, "la
     return jnp.where(on[..., None, None], t, 0), [~layers[:, 0, 0] for layers in usable]
 
 
-def counted(before: Stacked, parts: Sequence[tuple[Batch, list[Bool[Array, "layers"]]]]) -> Stacked:
+def counted(before: Stacked, parts: Sequence[tuple[Batch, list[Bool[Array, "_"]]]]) -> Stacked:
     """The counts with one more for each layer that is refused."""
     values = list(before.values)
     for batch, refused in parts:

@@ -2,11 +2,13 @@
 
 from ._bounds import Bounds
 from ._command import Command as Command
+from ._compare import Compare
 from ._demo import Demo
 from ._train import Train
 
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "demo": Demo,
+    "compare": Compare,
     "bounds": Bounds,
 }

@@ -1,0 +1,78 @@
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from .._compare import RESULTS, Comparison, compare, read_results
+from .._comparison_report import draw, report
+from .._config import TrainConfig
+from .._errors import UsageError
+from .._rows import ROWS, check_rows
+from ._command import Command
+
+REPORT, PICTURE = "report.md", "comparison.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(Command):
+    """Compare schemes: each tuned on the same grid of rates, trained with the same seeds, tested once."""
+
+    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=TrainConfig)
+    rows: str = ",".join(ROWS)
+    """The rows, separated by commas; ~option=value after a name changes an option: euc~wd=0.005."""
+    lrs: str = "0.03,0.1,0.3"
+    """The grid of learning rates, separated by commas; a single one is not tuned."""
+    seeds: int = 5
+    """Trainings of every row."""
+    tuning_seeds: int = 2
+    """Trainings of every row and rate of the grid."""
+    held_out: float = 0.2
+    """The share of the training images on which rates are compared."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where results, report and picture are kept; runs/compare-DATA-MODEL where left out. An interrupted comparison
+    goes on where it was, by the same command."""
+
+    def run(self, console: Console) -> None:
+        config = self.config.check()
+        rows = tuple(name for name in self.rows.split(",") if name)
+        if not rows:
+            raise UsageError("--rows: name one row or more")
+        check_rows(rows, config)
+        if self.seeds < 1 or self.tuning_seeds < 1:
+            raise UsageError("--seeds and --tuning-seeds: give a whole number of 1 or more")
+        if not 0 < self.held_out < 1 or config.validation:
+            raise UsageError("--held-out: give a share between 0 and 1, and leave out --validation")
+        folder = self.run_dir or Path("runs") / f"compare-{Path(config.data).name}-{config.model}"
+        comparison = Comparison(config, rows, self._rates(), self.seeds, self.tuning_seeds, self.held_out)
+        compare(comparison, folder, lambda line: console.print(line, highlight=False, soft_wrap=True))
+        found = read_results(folder / RESULTS)
+        draw(found, folder / PICTURE)
+        text = report(found, self._command(comparison), PICTURE)
+        (folder / REPORT).write_text(text, encoding="utf-8")
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        console.print(f"report: {folder / REPORT}, picture: {folder / PICTURE}", highlight=False, soft_wrap=True)
+
+    def _rates(self) -> tuple[float, ...]:
+        try:
+            rates = tuple(float(rate) for rate in self.lrs.split(","))
+        except ValueError as error:
+            raise UsageError(f"--lrs {self.lrs}: give numbers separated by commas") from error
+        if not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
+            raise UsageError(f"--lrs {self.lrs}: give different numbers above 0")
+        return rates
+
+    def _command(self, comparison: Comparison) -> str:
+        """What to type for the same."""
+        words = ["fgsgd", "compare"]
+        for field in dataclasses.fields(TrainConfig):
+            value = getattr(comparison.base, field.name)
+            # Of the data's path the name alone is anybody else's business.
+            if value != field.default:
+                shown = Path(value).name if field.name == "data" else str(value)
+                words += ["--" + field.name.strip("_").replace("_", "-"), shown]
+        words += ["--rows", self.rows, "--lrs", self.lrs, "--seeds", str(self.seeds)]
+        words += ["--tuning-seeds", str(self.tuning_seeds), "--held-out", f"{self.held_out:g}"]
+        return shlex.join(words)

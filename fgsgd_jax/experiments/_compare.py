@@ -1,0 +1,196 @@
+"""The comparison of schemes: every row tuned on the same grid, trained with the same seeds, tested once."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fgsgd_jax as fg
+
+from ._config import TrainConfig
+from ._data import ImageSet
+from ._errors import UsageError
+from ._fit import fit
+from ._log import Record, finite
+from ._rows import row_config
+from ._run import load_for
+from ._state import TrainState
+from ._trainer import Trainer
+from ._versions import versions
+
+RESULTS = "results.json"
+
+# Seeds of the search for the rate are none of those that are reported.
+TUNING_SEED = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All that a comparison's result depends on."""
+
+    base: TrainConfig
+    rows: tuple[str, ...]
+    lrs: tuple[float, ...]
+    seeds: int
+    tuning_seeds: int
+    held_out: float
+
+    def to_dict(self) -> Record:
+        """As JSON reads it."""
+        return dataclasses.asdict(self) | {"rows": list(self.rows), "lrs": list(self.lrs)}
+
+
+def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) -> list[Record]:
+    """Train everything that the folder has no result of yet.
+
+    For each row and rate of the grid the tuning seeds train on the training images but a share, on which they are then
+    tested; the rate with the least mean error counts, the lower loss deciding between equal ones. With it each seed
+    trains on all training images and is tested once, after the last step. The rows' n-th trainings have the same seed:
+    the same order of images and the same augmentation.
+
+    Args:
+        comparison: what to compare.
+        folder: where the results are kept, each as soon as it is there.
+        say: is told of each training.
+
+    Returns:
+        The results, one record a training.
+
+    Raises:
+        UsageError: the folder holds another comparison.
+    """
+    path = folder / RESULTS
+    header = {"comparison": comparison.to_dict(), "versions": versions()}
+    if path.exists():
+        found = read_results(path)
+        if found["comparison"] != header["comparison"]:
+            raise UsageError(f"{folder} holds another comparison; give its options, or another --run-dir")
+        results = found["trainings"]
+    else:
+        results = []
+    done = {_key(record) for record in results}
+    trainers = _Trainers(comparison.base)
+
+    def add(row: str, stage: str, lr: float, seed: int, config: TrainConfig) -> None:
+        record: Record = {"row": row, "stage": stage, "lr": lr, "seed": seed}
+        if _key(record) in done:
+            return
+        record |= _train(trainers.of(config), lr, seed)
+        results.append(record)
+        _write(path, header | {"trainings": results})
+        say(
+            f"{record['row']}, {record['stage']}, rate {record['lr']:g}, seed {record['seed']}: {record['error']:.2f} %"
+        )
+
+    for row in comparison.rows:
+        config = row_config(row, comparison.base)
+        held_out = dataclasses.replace(config, validation=comparison.held_out)
+        for lr in comparison.lrs if len(comparison.lrs) > 1 else ():
+            for number in range(comparison.tuning_seeds):
+                add(row, "tuning", lr, TUNING_SEED + number, held_out)
+        lr = chosen_rate(comparison.lrs, row, results)
+        for seed in range(comparison.seeds):
+            add(row, "test", lr, seed, config)
+        trainers.forget()
+    return results
+
+
+def read_results(path: Path) -> Record:
+    """`comparison`, `versions` and `trainings`, as `compare` keeps them."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(found["comparison"], dict) and isinstance(found["trainings"], list)):
+            raise ValueError("it is not what `fgsgd compare` writes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    return found
+
+
+def _write(path: Path, found: Record) -> None:
+    """The file is there whole, as it was or as it is to be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(found, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def chosen_rate(lrs: Sequence[float], row: str, results: Sequence[Record]) -> float:
+    """The rate of the grid with the least mean error on the images held out, then the least loss."""
+    if len(lrs) == 1:
+        return lrs[0]
+
+    def score(lr: float) -> tuple[float, float]:
+        tried = [r for r in results if (r["row"], r["stage"], r["lr"]) == (row, "tuning", lr)]
+        losses = (math.inf if r["loss"] is None else r["loss"] for r in tried)
+        return float(np.mean([r["error"] for r in tried])), sum(losses)
+
+    return min(lrs, key=score)
+
+
+class _Trainers:
+    """The compiled trainers of one row at a time: they hold the data on the device."""
+
+    def __init__(self, base: TrainConfig):
+        self._data: dict[float, ImageSet] = {}
+        self._trainers: dict[TrainConfig, Trainer] = {}
+        self._base = base
+
+    def of(self, config: TrainConfig) -> Trainer:
+        if config not in self._trainers:
+            held_out = config.validation
+            self._data.setdefault(held_out, load_for(dataclasses.replace(self._base, validation=held_out)))
+            self._trainers[config] = Trainer(config, self._data[held_out])
+        return self._trainers[config]
+
+    def forget(self) -> None:
+        self._trainers.clear()
+
+
+class _Epochs:
+    """The observer that keeps the epochs' figures."""
+
+    def __init__(self):
+        self.records: list[Record] = []
+
+    def progress(self, glance: Any) -> None:
+        del glance
+
+    def epoch(self, record: Record) -> None:
+        self.records.append(record)
+
+    def checkpoint(self, step: int, state: TrainState) -> None:
+        del step, state
+
+
+def _train(trainer: Trainer, lr: float, seed: int) -> Record:
+    plan: fg.Plan | None = trainer.plan_of(seed)
+    epochs = _Epochs()
+    state = fit(trainer, trainer.start(seed, lr), epochs, checkpoint_every=10**9, report=trainer.report_training)
+    loss, error = trainer.evaluate(state)
+    records = epochs.records
+    found = {
+        "loss": loss,
+        "error": error,
+        "train_loss": [record["train"]["loss"] for record in records],
+        "train_error": [record["train"]["error"] for record in records],
+        "seconds": sum(record["seconds"]["train"] for record in records),
+    }
+    if plan is not None:
+        found |= {
+            "violation": max(record["violation"] for record in records),
+            "zeta_share": float(np.mean([record["zeta_share"] for record in records])),
+            "step_ratio": max(record["step_ratio"] for record in records),
+        }
+    return finite(found)
+
+
+def _key(record: Record) -> tuple:
+    return record["row"], record["stage"], record["lr"], record["seed"]

@@ -1,0 +1,177 @@
+"""What a comparison found, as Markdown and a picture: made of the results' file and nothing else."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ._compare import chosen_rate
+from ._paired import CONFIDENCE, RESAMPLES, paired_difference
+from ._picture import COLOURS
+
+# The rows that all others are compared with, where they are there.
+REFERENCES = ("euc", "st")
+
+
+def report(found: Mapping[str, Any], command: str, picture: str) -> str:
+    """The report in Markdown.
+
+    Args:
+        found: what `read_results` gives.
+        command: what was typed.
+        picture: the picture's path beside the report.
+    """
+    comparison, trainings = found["comparison"], found["trainings"]
+    base, rows = comparison["base"], [row for row in comparison["rows"] if _tests(trainings, row)]
+    data = Path(base["data"]).name
+    limit = "all" if base["limit_train"] is None else base["limit_train"]
+    tuned = (
+        f"Rates: {_listed(comparison['lrs'])}, chosen for every row by the mean error of {comparison['tuning_seeds']} "
+        f"trainings on {comparison['held_out']:.0%} of the training images, held out. The test images were read once "
+        "by every training, after its last step."
+        if len(comparison["lrs"]) > 1
+        else f"Rate: {comparison['lrs'][0]:g} for every row, not tuned."
+    )
+    lines = [
+        f"# {base['model']} on {data}: {len(rows)} rows, {comparison['seeds']} seeds",
+        "",
+        f"```\n{command}\n```",
+        "",
+        f"Training images: {limit}; {base['epochs']} epochs in batches of {base['batch_size']}; schedule "
+        f"{base['schedule']}; momentum {base['momentum']:g}; weight decay of Euclidean weights "
+        f"{base['weight_decay']:g}; augmentation {base['augment']}; γ {base['gamma']}; λ {base['lambda_']}. {tuned}",
+        "",
+        "Errors in percent, mean ± standard deviation over the seeds. Differences are paired by seed, in points, with "
+        f"the {CONFIDENCE:.0%} bootstrap interval ({RESAMPLES} resamples) and the p-value of the sign-flip test; they "
+        "are not corrected for the number of rows.",
+        "",
+        *_table(
+            ["row", "rate", "test error", "test loss", "training error", "training loss", "ζ > 1, %", "largest ‖v‖/s"],
+            (_summary(trainings, comparison, row) for row in rows),
+        ),
+        "",
+    ]
+    for reference in REFERENCES:
+        others = [row for row in rows if row != reference]
+        if reference in rows and others:
+            lines += [
+                f"## Test error less that of `{reference}`",
+                "",
+                *_table(
+                    ["row", "difference", "interval", "p"], (_against(trainings, row, reference) for row in others)
+                ),
+                "",
+            ]
+    grid = [row for row in rows if len(comparison["lrs"]) > 1]
+    if grid:
+        lines += [
+            "## The search: mean error on the images held out",
+            "",
+            *_table(
+                ["row", *(f"{lr:g}" for lr in comparison["lrs"])],
+                ([row, *(_mean(_tuned(trainings, row, lr)) for lr in comparison["lrs"])] for row in grid),
+            ),
+            "",
+        ]
+    worst = [t["violation"] for t in trainings if t.get("violation") is not None]
+    if worst:
+        lines += [f"Largest violation of all trainings: {max(worst):.1e}.", ""]
+    lines += [
+        f"![Training error over the epochs, and the test errors]({picture})",
+        "",
+        ", ".join(f"{name} {version}" for name, version in found["versions"].items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """The rows' training error over the epochs, and the test error of each seed."""
+    comparison, trainings = found["comparison"], found["trainings"]
+    rows = [row for row in comparison["rows"] if _tests(trainings, row)]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs, tests = figure.subplots(1, 2)
+    for number, row in enumerate(rows):
+        colour, style = COLOURS[number % len(COLOURS)], ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+        errors = np.array([_numbers(t["train_error"]) for t in _tests(trainings, row)])
+        axis = range(1, errors.shape[1] + 1)
+        epochs.plot(axis, np.mean(errors, axis=0), style, color=colour, label=row)
+        tested = np.array(_numbers(t["error"] for t in _tests(trainings, row)))
+        tests.plot(np.full(len(tested), number), tested, "o", color=colour, alpha=0.5)
+        tests.plot([number - 0.3, number + 0.3], [tested.mean()] * 2, color=colour, linewidth=2)
+    epochs.set(xlabel="epoch", ylabel="%", title="Training error, mean over the seeds")
+    epochs.set_yscale("symlog", linthresh=1)
+    epochs.set_ylim(0, 100)
+    epochs.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])
+    epochs.yaxis.set_major_formatter("{x:g}")
+    epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
+    epochs.legend(fontsize="small")
+    tests.set(ylabel="%", title="Test error: every seed, and the mean")
+    tests.set_xticks(
+        range(len(rows)), rows, rotation=45 if len(rows) > 5 else 0, ha="right" if len(rows) > 5 else "center"
+    )
+    for axes in (epochs, tests):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _summary(trainings: list[Any], comparison: Mapping[str, Any], row: str) -> list[str]:
+    runs = _tests(trainings, row)
+    last = {name: [run[name][-1] for run in runs] for name in ("train_error", "train_loss")}
+    constrained = runs[0].get("zeta_share") is not None
+    return [
+        row,
+        f"{chosen_rate(comparison['lrs'], row, trainings):g}",
+        _spread([run["error"] for run in runs], 2),
+        _spread([run["loss"] for run in runs], 4),
+        _spread(last["train_error"], 2),
+        _spread(last["train_loss"], 4),
+        f"{100 * np.mean([run['zeta_share'] for run in runs]):.1f}" if constrained else "—",
+        f"{max(run['step_ratio'] for run in runs):.2g}" if constrained else "—",
+    ]
+
+
+def _against(trainings: list[Any], row: str, reference: str) -> list[str]:
+    mine, others = ({t["seed"]: t["error"] for t in _tests(trainings, name)} for name in (row, reference))
+    seeds = sorted(mine.keys() & others.keys())
+    x, y = (np.array([errors[seed] for seed in seeds]) for errors in (mine, others))
+    found = paired_difference(x, y)
+    interval = "—" if math.isnan(found.lower) else f"{found.lower:+.2f} to {found.upper:+.2f}"
+    return [row, f"{found.mean:+.2f}", interval, "—" if math.isnan(found.p) else f"{found.p:.3f}"]
+
+
+def _tests(trainings: list[Any], row: str) -> list[Any]:
+    return [t for t in trainings if (t["row"], t["stage"]) == (row, "test")]
+
+
+def _tuned(trainings: list[Any], row: str, lr: float) -> list[float]:
+    return _numbers(t["error"] for t in trainings if (t["row"], t["stage"], t["lr"]) == (row, "tuning", lr))
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _mean(values: list[float]) -> str:
+    return f"{np.mean(values):.2f}" if values else "—"
+
+
+def _spread(values: Iterable[float | None], digits: int) -> str:
+    numbers = _numbers(values)
+    deviation = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.{digits}f}{deviation}"
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
+    cells = [headings, ["---"] * len(headings), *rows]
+    return ["| " + " | ".join(row) + " |" for row in cells]

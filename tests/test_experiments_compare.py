@@ -1,0 +1,153 @@
+"""`fgsgd compare`: what it trains, what it chooses, what it says, and that it goes on where it was."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+
+from fgsgd_jax.experiments import TrainConfig, _compare
+from fgsgd_jax.experiments.__main__ import main
+from fgsgd_jax.experiments._compare import chosen_rate
+from fgsgd_jax.experiments._comparison_report import report
+from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
+from fgsgd_jax.experiments._models._shapes import CifarShape
+from fgsgd_jax.experiments._paired import paired_difference
+from fgsgd_jax.experiments._rows import ROWS, row_config
+
+TINY = ["--limit-train", "80", "--limit-test", "32", "--batch-size", "32", "--epochs", "2", "--model", "tiny"]
+COMPARE = ["compare", *TINY, "--rows", "euc,po3", "--lrs", "0.01,0.1", "--seeds", "2", "--tuning-seeds", "1"]
+
+
+def tiny(num_classes, channels):
+    shape = CifarShape(blocks=1, widths=(4,))
+    return _nnx_resnet.functional(lambda rngs: _nnx_resnet.PlainNet(shape, num_classes, channels, rngs), channels)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(REGISTRY, "tiny", tiny)
+        main([*COMPARE, "--run-dir", str(folder)])
+    return folder
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_row_is_tuned_on_the_grid_and_tested_with_the_same_seeds(folder):
+    found = results(folder)
+    trainings = found["trainings"]
+    for row in ("euc", "po3"):
+        tuning = [(t["lr"], t["seed"]) for t in trainings if (t["row"], t["stage"]) == (row, "tuning")]
+        tests = [t for t in trainings if (t["row"], t["stage"]) == (row, "test")]
+        assert sorted(lr for lr, _ in tuning) == [0.01, 0.1]
+        assert [t["seed"] for t in tests] == [0, 1]
+        assert not {seed for _, seed in tuning} & {0, 1}
+        assert {t["lr"] for t in tests} == {chosen_rate((0.01, 0.1), row, trainings)}
+        assert all(len(t["train_loss"]) == 2 for t in tests)
+    assert all(t["violation"] <= 1e-6 for t in trainings if t["row"] == "po3")
+
+
+def test_the_report_is_made_of_the_results_alone(folder):
+    found, text = results(folder), (folder / "report.md").read_text()
+    command = re.search(r"```\n(.*)\n```", text)[1]
+    assert command.startswith("fgsgd compare ")
+    assert report(found, command, "comparison.png") == text
+    errors = {
+        row: [t["error"] for t in found["trainings"] if (t["row"], t["stage"]) == (row, "test")]
+        for row in ("euc", "po3")
+    }
+    for row, values in errors.items():
+        assert f"| {row} | " in text
+        assert f" | {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} | " in text
+    assert f"| po3 | {np.mean(errors['po3']) - np.mean(errors['euc']):+.2f} |" in text
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkeypatch, refused):
+    monkeypatch.setitem(REGISTRY, "tiny", tiny)
+    found = results(folder)
+    there = tmp_path / "run"
+    there.mkdir()
+    kept = [t for t in found["trainings"] if (t["row"], t["seed"]) != ("po3", 1)]
+    (there / "results.json").write_text(json.dumps(found | {"trainings": kept}))
+    trained, train = [], _compare._train
+
+    def counted(*arguments):
+        trained.append(arguments[1:])
+        return train(*arguments)
+
+    monkeypatch.setattr(_compare, "_train", counted)
+    main([*COMPARE, "--run-dir", str(there)])
+    assert trained == [(chosen_rate((0.01, 0.1), "po3", kept), 1)]
+
+    def sorted_without_times(found):
+        return sorted(
+            json.dumps({k: v for k, v in t.items() if k != "seconds"}, sort_keys=True) for t in found["trainings"]
+        )
+
+    assert sorted_without_times(results(there)) == sorted_without_times(found)
+    assert "holds another comparison" in refused(*COMPARE, "--epochs", "3", "--run-dir", there)
+    (there / "results.json").write_text("{")
+    assert "cannot be read" in refused(*COMPARE, "--run-dir", there)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rows", "euc,stt"], "unknown row 'stt': did you mean 'st'?"),
+        (["--rows", "euc,euc"], "row 'euc' is named twice"),
+        (["--rows", "euc~decay=1"], "write ~option=value with an option of wd"),
+        (["--rows", "euc~wd=-1"], "--weight-decay -1.0"),
+        (["--lrs", "0.1,x"], "give numbers separated by commas"),
+        (["--lrs", "0.1,0.1"], "give different numbers above 0"),
+        (["--seeds", "0"], "give a whole number of 1 or more"),
+        (["--held-out", "1"], "give a share between 0 and 1"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(arguments, said, refused, tmp_path):
+    assert said in refused("compare", *arguments, "--run-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_change_what_they_say_and_nothing_else():
+    base = TrainConfig()
+    assert row_config("pio4", base).scheme == "pio:sp+ob+st+euc"
+    changed = row_config("euc~wd=0.005~momentum=0.5", base)
+    assert (changed.scheme, changed.weight_decay, changed.momentum) == ("euc", 0.005, 0.5)
+    assert row_config("pio3~gamma=literal~lambda=epoch", base).lambda_ == "epoch"
+    assert base.difference(row_config("pio3", base)) is None
+    assert len({row_config(row, base).scheme for row in ROWS}) == len(ROWS)
+
+
+def test_paired_differences():
+    rng = np.random.default_rng(0)
+    common = rng.normal(0, 10, 12)
+    x, y = common + rng.normal(0, 1, 12) + 6, common + rng.normal(0, 1, 12)
+    found = paired_difference(x, y)
+    assert found.mean == pytest.approx(np.mean(x - y))
+    # The seeds' common part, of deviation 10, does not widen the interval.
+    assert found.lower < found.mean < found.upper
+    assert found.upper - found.lower < 3
+    assert found.p == pytest.approx(2 / 2**12)
+    nothing = paired_difference(y, y)
+    assert (nothing.mean, nothing.p) == (0, 1)
+    # Five pairs: all 2⁵ signs.
+    assert paired_difference(np.arange(1.0, 6.0), np.zeros(5)).p == pytest.approx(2 / 32)
+    swapped = paired_difference(y, x)
+    assert swapped.mean == pytest.approx(-found.mean)
+    assert np.isnan(paired_difference(x[:1], y[:1]).lower)
+
+
+def test_a_rate_that_diverges_is_not_chosen():
+    def tried(lr, error, loss):
+        return {"row": "euc", "stage": "tuning", "lr": lr, "seed": 7, "error": error, "loss": loss}
+
+    results = [tried(0.1, 50.0, 1.0), tried(0.3, 50.0, None), tried(0.03, 60.0, 0.5)]
+    assert chosen_rate((0.3, 0.1, 0.03), "euc", results) == 0.1
+    assert chosen_rate((0.5,), "euc", []) == 0.5
