@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from ._largest import largest
 
 # A product of so few multiplications is written out, if there are many matrices: on CPU that is faster than batched
-# products (benchmarks/kernels.py). Few matrices are not worth the longer compilation.
+# products. Few matrices are not worth the longer compilation.
 _FEW_MULTIPLICATIONS = 128
 _MANY_MATRICES = 1024
 
