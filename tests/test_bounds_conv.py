@@ -125,6 +125,7 @@ def test_the_operators_of_this_file_are_those_of_jax():
         np.testing.assert_allclose(found, np.asarray(y).ravel(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_larger_layer_takes_the_torus_and_stays_within_a_few_percent():
     """Too large to be unrolled, as the layers of real networks are."""
     kernel = np.random.default_rng(0).standard_normal((3, 3, 6, 6))

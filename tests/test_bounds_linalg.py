@@ -115,6 +115,7 @@ def test_gram_iteration_bounds_any_matrix_of_any_rank_and_scale(seed, rank, expo
     assert float(gram_iteration(jnp.asarray(x))) >= exact(x) * (1 - 1e-14)
 
 
+@pytest.mark.slow
 def test_transforms():
     x = jnp.asarray(matrices(np.random.default_rng(5), (4, 7), "float64"))
     for f in (linalg.spectral_norm, linalg.gram_iteration, linalg.two_to_one):

@@ -231,6 +231,7 @@ def test_a_layer_with_euclidean_members_has_no_bound_but_its_other_groups_do():
     np.testing.assert_allclose(layer.layer.table2.spectral, plan["k"].gamma)
 
 
+@pytest.mark.slow
 def test_norms_run_under_jit_and_in_bfloat16():
     params, plan = initialized({"k": jnp.zeros((3, 3, 4, 4), jnp.bfloat16)}, [("k", fg.PIO(THREE))])
     found = fg.norms(params, plan)

@@ -338,6 +338,7 @@ def test_radii_follow_the_features_of_an_epoch(chained):
         assert np.max(np.abs(params["l0"]["kernel"] - before)) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_function_of_the_weights_changes_by_the_ratio_of_the_scales():
     _, params, tx, state = started(layers((3, 3, 4, 6)), fg.PIO([fg.Sphere(), fg.Stiefel()]), every=1, max_change=None)
     x = jax.random.normal(jax.random.key(3), (50, 4)) * jnp.array([[0.5, 1.0, 2.0, 4.0]])

@@ -19,7 +19,6 @@ COUNTS = {"whole": 1030, "chunked": 2 * 16384 + 5}
 CASES = [((3, 3), "float32"), ((3, 3), "float64"), ((5, 3), "float32"), ((4, 1), "float32")]
 # One compilation for the branch of small steps and the safe one, and one of a tall matrix.
 QUICK = [(CASES[0], 0.3), (CASES[0], 30.0), (CASES[2], 0.3)]
-DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 @functools.cache
@@ -94,7 +93,7 @@ def test_shared_retraction_is_that_of_each_manifold(shape, dtype, length, size):
     assert np.max(violation) <= 8 * h.EPS[dtype]
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_a_tangent_vector_needs_no_projection_and_the_new_radius_is_exact(dtype):
     mixture, x, w = batch((3, 3), COUNTS["whole"], dtype, MIX)
     new = mixture.radius * 1.5

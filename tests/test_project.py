@@ -41,6 +41,7 @@ def contributed(tmp_path_factory):
     return module.CentredSphere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("radius", [1.0, 0.3])
 def test_the_contributed_manifold_is_a_manifold(contributed, radius):
     manifold, shape = contributed(radius=radius), (20, 3, 3)

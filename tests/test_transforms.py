@@ -447,6 +447,7 @@ def test_every_link_passes_unconstrained_leaves_untouched():
                 np.testing.assert_array_equal(flat(updates)[path], flat(grads)[path])
 
 
+@pytest.mark.slow
 def test_weight_decay_acts_on_euclidean_leaves_only():
     params, plan = network()
     grads = gaussians(SHAPES, "float64", 3)
