@@ -1,6 +1,7 @@
 """`fgsgd compare`: what it trains, what it chooses, what it says, and that it goes on where it was."""
 
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -17,6 +18,7 @@ from fgsgd_jax.experiments._models._shapes import CifarShape
 from fgsgd_jax.experiments._paired import paired_difference
 from fgsgd_jax.experiments._rows import ROWS, row_config
 
+RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 TINY = ["--limit-train", "80", "--limit-test", "32", "--batch-size", "32", "--epochs", "2", "--model", "tiny"]
 COMPARE = ["compare", *TINY, "--rows", "euc,po3", "--lrs", "0.01,0.1", "--seeds", "2", "--tuning-seeds", "1"]
 
@@ -67,6 +69,13 @@ def test_the_report_is_made_of_the_results_alone(folder):
         assert f" | {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} | " in text
     assert f"| po3 | {np.mean(errors['po3']) - np.mean(errors['euc']):+.2f} |" in text
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kept", sorted(RESULTS.glob("*/report.md")), ids=lambda path: path.parent.name)
+def test_every_figure_of_a_published_report_follows_from_its_results(kept):
+    text = kept.read_text()
+    command = re.search(r"```\n(.*)\n```", text)[1]
+    assert report(results(kept.parent), command, "comparison.png") == text
 
 
 def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkeypatch, refused):
