@@ -98,7 +98,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", [n if n == "fgsgd" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS])
+# Slow, since that is compiled as users compile: without LLVM's optimization the loops round differently.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_same_seed_gives_the_same_bits_whatever_runs_the_loop(name, lenient_promotion, record_property):
     """A loop in Python over the compiled step, one inside a compiled program, and everything made anew."""
     shape = (3, 3, 3, 4)
