@@ -373,9 +373,9 @@ def test_ten_thousand_steps_with_momentum_stay_on_the_manifold(dtype):
     assert float(jax.tree.leaves(fg.violation(params, plan))[0]) <= 1e-6
 
 
-# Slow, since that is compiled as users compile. Without LLVM's optimization a fused loop computes ω + v twice, once with
-# a contracted multiplication and once without: where v is what a projection leaves of a vector 100 times as long, a
-# column of an oblique matrix is then normalized to 2.4e-6.
+# Slow, since that is compiled as users compile. Without LLVM's optimization a fused loop computes ω + v twice, once
+# with a contracted multiplication and once without: where v is what a projection leaves of a vector 100 times as long,
+# a column of an oblique matrix is then normalized to 2.4e-6.
 @pytest.mark.slow
 @pytest.mark.parametrize("retraction", h.RETRACTIONS)
 @pytest.mark.parametrize("momentum", [None, 0.99])
