@@ -85,6 +85,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkey
     there.mkdir()
     kept = [t for t in found["trainings"] if (t["row"], t["seed"]) != ("po3", 1)]
     (there / "results.json").write_text(json.dumps(found | {"trainings": kept}))
+    (kept_error,) = (t["error"] for t in kept if (t["row"], t["stage"], t["seed"]) == ("po3", "test", 0))
     trained, train = [], _compare._train
 
     def counted(*arguments):
@@ -102,6 +103,28 @@ def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkey
 
     assert sorted_without_times(results(there)) == sorted_without_times(found)
     assert "holds another comparison" in refused(*COMPARE, "--epochs", "3", "--run-dir", there)
+    # Rows and seeds may be others: a report of fewer is one of what is there.
+    main(
+        [
+            "compare",
+            *TINY,
+            "--rows",
+            "po3",
+            "--lrs",
+            "0.01,0.1",
+            "--seeds",
+            "1",
+            "--tuning-seeds",
+            "1",
+            "--run-dir",
+            str(there),
+        ]
+    )
+    assert len(trained) == 1
+    text = (there / "report.md").read_text()
+    assert "1 rows, 1 seeds" in text
+    assert "euc" not in text.split("```")[2]
+    assert f"| po3 | {chosen_rate((0.01, 0.1), 'po3', kept):g} | {kept_error:.2f} |" in text
     (there / "results.json").write_text("{")
     assert "cannot be read" in refused(*COMPARE, "--run-dir", there)
 

@@ -46,7 +46,7 @@ class Comparison:
 
 
 def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) -> list[Record]:
-    """Train everything that the folder has no result of yet.
+    """Train everything that the folder has no result of yet. Rows and seeds may be added to what it has.
 
     For each row and rate of the grid the tuning seeds train on the training images but a share, on which they are then
     tested; the rate with the least mean error counts, the lower loss deciding between equal ones. With it each seed
@@ -68,7 +68,7 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
     header = {"comparison": comparison.to_dict(), "versions": versions()}
     if path.exists():
         found = read_results(path)
-        if found["comparison"] != header["comparison"]:
+        if _shared(found["comparison"]) != _shared(header["comparison"]):
             raise UsageError(f"{folder} holds another comparison; give its options, or another --run-dir")
         results = found["trainings"]
     else:
@@ -97,6 +97,7 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
         for seed in range(comparison.seeds):
             add(row, "test", lr, seed, config)
         trainers.forget()
+    _write(path, header | {"trainings": results})
     return results
 
 
@@ -109,6 +110,11 @@ def read_results(path: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     return found
+
+
+def _shared(comparison: Record) -> Record:
+    """What trainings must have in common to be compared."""
+    return {name: value for name, value in comparison.items() if name not in ("rows", "seeds")}
 
 
 def _write(path: Path, found: Record) -> None:

@@ -26,7 +26,7 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
         command: what was typed.
         picture: the picture's path beside the report.
     """
-    comparison, trainings = found["comparison"], found["trainings"]
+    comparison, trainings = found["comparison"], _asked(found)
     base, rows = comparison["base"], [row for row in comparison["rows"] if _tests(trainings, row)]
     data = Path(base["data"]).name
     limit = "all" if base["limit_train"] is None else base["limit_train"]
@@ -92,7 +92,7 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """The rows' training error over the epochs, and the test error of each seed."""
-    comparison, trainings = found["comparison"], found["trainings"]
+    comparison, trainings = found["comparison"], _asked(found)
     rows = [row for row in comparison["rows"] if _tests(trainings, row)]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -144,6 +144,12 @@ def _against(trainings: list[Any], row: str, reference: str) -> list[str]:
     found = paired_difference(x, y)
     interval = "—" if math.isnan(found.lower) else f"{found.lower:+.2f} to {found.upper:+.2f}"
     return [row, f"{found.mean:+.2f}", interval, "—" if math.isnan(found.p) else f"{found.p:.3f}"]
+
+
+def _asked(found: Mapping[str, Any]) -> list[Any]:
+    """The trainings without the seeds that another command added."""
+    seeds = found["comparison"]["seeds"]
+    return [t for t in found["trainings"] if t["stage"] == "tuning" or t["seed"] < seeds]
 
 
 def _tests(trainings: list[Any], row: str) -> list[Any]:

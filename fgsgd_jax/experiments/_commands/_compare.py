@@ -33,7 +33,7 @@ class Compare(Command):
     """The share of the training images on which rates are compared."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where results, report and picture are kept; runs/compare-DATA-MODEL where left out. An interrupted comparison
-    goes on where it was, by the same command."""
+    goes on where it was, by the same command; rows and seeds may be added."""
 
     def run(self, console: Console) -> None:
         config = self.config.check()
