@@ -22,6 +22,7 @@ TANGENT = "tests/test_manifolds.py::test_tangent_laws"
 RETRACTION = "tests/test_manifolds.py::test_retraction_laws"
 SHARED = "tests/test_mixture.py::test_shared_projection_is_that_of_each_manifold"
 REFERENCE = "tests/test_transforms.py::test_fifty_steps_beside_the_reference"
+DECAY = "tests/test_transforms.py::test_weight_decay_acts_on_euclidean_leaves_only"
 TAKEN = "tests/test_hard_gradients.py::test_weights_stay_finite_and_on_their_manifolds"
 
 
@@ -183,7 +184,7 @@ MUTANTS = [
     mutant(
         "weight decay on manifolds",
         ("transforms/_fgsgd.py", "* x.astype(g.dtype) if free else g", "* x.astype(g.dtype)"),
-        by="tests/test_transforms.py::test_weight_decay_acts_on_euclidean_leaves_only",
+        by=DECAY,
     ),
     mutant(
         "lambda multiplies",

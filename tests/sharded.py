@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from chains import chained
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import fgsgd_jax as fg
@@ -36,15 +37,7 @@ RULES = [
 ]
 OPTIMIZERS = {
     "fgsgd": lambda plan: fg.fgsgd(0.1, plan, momentum=0.9, every=2),
-    "chain": lambda plan: optax.chain(
-        fg.project(plan),
-        fg.normalize_by_zeta(plan),
-        optax.trace(0.9),
-        fg.project(plan),
-        optax.scale_by_learning_rate(0.1),
-        fg.retract(plan),
-        fg.rescale(plan, every=2),
-    ),
+    "chain": lambda plan: chained(plan, 0.1, 0.9, every=2),
     "adam": lambda plan: fg.on_manifolds(optax.adam(0.02), plan),
     "riemannian_adam": lambda plan: fg.riemannian_adam(0.02, plan),
 }

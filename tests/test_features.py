@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chains import chained
 from flax import linen, nnx
 
 import fgsgd_jax as fg
@@ -305,17 +306,11 @@ def moments_of(x, path="l0/kernel"):
 MIX = fg.PIO([fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean()])
 
 
-@pytest.mark.parametrize("chained", [False, True], ids=["fgsgd", "chain"])
-def test_radii_follow_the_features_of_an_epoch(chained):
+@pytest.mark.parametrize("linked", [False, True], ids=["fgsgd", "chain"])
+def test_radii_follow_the_features_of_an_epoch(linked):
     plan, params, tx, _ = started(layers((3, 3, 4, 6)), MIX, every=3, max_change=None)
-    if chained:
-        tx = optax.chain(
-            fg.project(plan),
-            fg.normalize_by_zeta(plan),
-            optax.scale_by_learning_rate(0.1),
-            fg.retract(plan),
-            fg.rescale(plan, every=3, max_change=None),
-        )
+    if linked:
+        tx = chained(plan, 0.1, every=3, max_change=None)
     state, update = tx.init(params), jax.jit(tx.update)
     seen = []
     collection = plan["l0/kernel"]

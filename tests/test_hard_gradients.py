@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chains import chained
 
 import fgsgd_jax as fg
 
@@ -19,21 +20,9 @@ RULES = [
 ]
 
 
-def chained(plan):
-    return optax.chain(
-        fg.project(plan),
-        fg.normalize_by_zeta(plan),
-        optax.trace(0.9),
-        fg.project(plan),
-        optax.scale_by_learning_rate(0.1),
-        fg.retract(plan),
-        fg.rescale(plan),
-    )
-
-
 OPTIMIZERS = {
     "fgsgd": lambda plan: fg.fgsgd(0.1, plan, momentum=0.9),
-    "chain": chained,
+    "chain": lambda plan: chained(plan, 0.1, 0.9),
     "adam": lambda plan: fg.on_manifolds(optax.adam(0.01), plan),
     "riemannian_adam": lambda plan: fg.riemannian_adam(0.01, plan),
 }

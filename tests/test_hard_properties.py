@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chains import chained
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import fgsgd_jax as fg
@@ -121,15 +122,7 @@ def test_feasible_descending_and_one_whatever_it_is_made_of(one, seed, dtype, mo
     target = jax.random.normal(jax.random.key(seed + 1), shape, dtype)
     feasible, close = TOLERANCE[dtype]
     rate = 1e-3 * float(np.min(plan["weight"].gamma))
-    trace = [] if momentum is None else [optax.trace(momentum), fg.project(plan)]
-    chain = optax.chain(
-        fg.project(plan),
-        fg.normalize_by_zeta(plan),
-        *trace,
-        optax.scale_by_learning_rate(rate),
-        fg.retract(plan),
-        fg.rescale(plan),
-    )
+    chain = chained(plan, rate, momentum)
 
     def loss(params):
         return jnp.sum(jnp.square(params["weight"] - target)) / 2

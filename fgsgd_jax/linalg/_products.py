@@ -5,6 +5,7 @@ enough to lose a constraint in one step. Every product of the package that a con
 one of these.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -24,42 +25,42 @@ _MANY_MATRICES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(abc.ABC):
     """Which two axes of an array are the rows and columns of its matrices, and how those are multiplied."""
 
     axes: tuple[int, int]
 
+    @abc.abstractmethod
     def take(self, x: Array) -> Array:
         """`x [*batch, n, p]` in this layout."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def give(self, x: Array) -> Array:
         """`x` as `[*batch, n, p]` again."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def join(self, parts: Iterable[Array]) -> Array:
         """The matrices of all parts, each batched in its own way, along one batch axis."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def part(self, x: Array, start: int, batch: tuple[int, ...]) -> Array:
         """The matrices of `x`, of one batch axis, that follow `start`, batched in the shape `batch`: undoes `join`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def matmul(self, a: Array, b: Array) -> Array:
         """`a @ b` at the precision of its dtype on every backend."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def eye(self, g: Array) -> Array:
         """The identity in the shape of `g`, which is square."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sum(self, x: Array, axis: int | None = None) -> Array:
         """The sum over the rows (0), the columns (1) or both; axes of length 1 stay."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def max(self, x: Array, axis: int | None = None) -> Array:
         """The maximum of non-negative entries, like `sum`."""
-        raise NotImplementedError
 
     def over_matrices(self, values: Array) -> Array:
         """One value for each matrix, shaped to multiply the matrices."""
