@@ -84,7 +84,11 @@ def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkey
     there = tmp_path / "run"
     there.mkdir()
     kept = [t for t in found["trainings"] if (t["row"], t["seed"]) != ("po3", 1)]
-    (there / "results.json").write_text(json.dumps(found | {"trainings": kept}))
+    # As a version that knew fewer options left it.
+    base = {name: value for name, value in found["comparison"]["base"].items() if name not in ("zeta", "clip")}
+    (there / "results.json").write_text(
+        json.dumps(found | {"comparison": found["comparison"] | {"base": base}, "trainings": kept})
+    )
     (kept_error,) = (t["error"] for t in kept if (t["row"], t["stage"], t["seed"]) == ("po3", "test", 0))
     trained, train = [], _compare._train
 
@@ -136,6 +140,8 @@ def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkey
         (["--rows", "euc,euc"], "row 'euc' is named twice"),
         (["--rows", "euc~decay=1"], "write ~option=value with an option of wd"),
         (["--rows", "euc~wd=-1"], "--weight-decay -1.0"),
+        (["--rows", "euc~wd=much"], "wd cannot be 'much'"),
+        (["--rows", "st~zeta=of"], "zeta cannot be 'of'"),
         (["--lrs", "0.1,x"], "give numbers separated by commas"),
         (["--lrs", "0.1,0.1"], "give different numbers above 0"),
         (["--seeds", "0"], "give a whole number of 1 or more"),
@@ -153,6 +159,8 @@ def test_rows_change_what_they_say_and_nothing_else():
     changed = row_config("euc~wd=0.005~momentum=0.5", base)
     assert (changed.scheme, changed.weight_decay, changed.momentum) == ("euc", 0.005, 0.5)
     assert row_config("pio3~gamma=literal~lambda=epoch", base).lambda_ == "epoch"
+    changed = row_config("st~zeta=clip~pooling=pio~clip=0.5", base)
+    assert (changed.zeta, changed.pooling, changed.clip) == ("clip", "pio", 0.5)
     assert base.difference(row_config("pio3", base)) is None
     assert len({row_config(row, base).scheme for row in ROWS}) == len(ROWS)
 

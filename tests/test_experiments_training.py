@@ -39,9 +39,7 @@ def data():
 def trainer(data):
     """Only the first stage is constrained, which a third of the compilation time is enough for."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            _schemes, "_is_spatial_kernel", lambda path, leaf: path.startswith("stage_0") and leaf.ndim == 4
-        )
+        patched.setattr(_schemes, "is_spatial_kernel", lambda path, leaf: path.startswith("stage_0") and leaf.ndim == 4)
         yield Trainer(CONFIG, data)
 
 
@@ -139,7 +137,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(trainer, undisturbed, tmp_path, 
 def test_a_run_with_lambda_resumes_bit_for_bit_from_inside_an_epoch(data, tmp_path, monkeypatch):
     """The moments of the first steps of the epoch are in the checkpoint: λ at its end depends on all of them."""
     config = dataclasses.replace(CONFIG, lambda_="epoch", model="plain8")
-    monkeypatch.setattr(_schemes, "_is_spatial_kernel", lambda path, leaf: "conv_0" in path and leaf.ndim == 4)
+    monkeypatch.setattr(_schemes, "is_spatial_kernel", lambda path, leaf: "conv_0" in path and leaf.ndim == 4)
     trainer = Trainer(config, data)
     whole = run(config, tmp_path / "whole", trainer=trainer, console=quiet())
     resumed = interrupted(config, trainer, tmp_path / "stopped", monkeypatch, 3, 3)

@@ -47,6 +47,9 @@ class Checkpoints:
             self._manager.save(step, args=arguments, force=True)
         # A full disk shows as any error of orbax, tensorstore or the system.
         except Exception as error:
+            # So does the loss of another process, of which there is more to say elsewhere.
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise
             raise UsageError(
                 f"checkpoint {self.folder / str(step)} cannot be written ({_reason(error)}); the ones before it are "
                 "whole: make room and go on by --resume"

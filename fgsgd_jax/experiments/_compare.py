@@ -113,8 +113,11 @@ def read_results(path: Path) -> Record:
 
 
 def _shared(comparison: Record) -> Record:
-    """What trainings must have in common to be compared."""
-    return {name: value for name, value in comparison.items() if name not in ("rows", "seeds")}
+    """What trainings must have in common to be compared; options that the file does not know yet are at their
+    defaults.
+    """
+    shared = {name: value for name, value in comparison.items() if name not in ("rows", "seeds")}
+    return shared | {"base": TrainConfig.from_dict(shared["base"])}
 
 
 def _write(path: Path, found: Record) -> None:

@@ -1,7 +1,7 @@
 """What a comparison found, as Markdown and a picture: made of the results' file and nothing else."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,6 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 def _summary(trainings: list[Any], comparison: Mapping[str, Any], row: str) -> list[str]:
     runs = _tests(trainings, row)
     last = {name: [run[name][-1] for run in runs] for name in ("train_error", "train_loss")}
-    constrained = runs[0].get("zeta_share") is not None
     return [
         row,
         f"{chosen_rate(comparison['lrs'], row, trainings):g}",
@@ -132,9 +131,13 @@ def _summary(trainings: list[Any], comparison: Mapping[str, Any], row: str) -> l
         _spread([run["loss"] for run in runs], 4),
         _spread(last["train_error"], 2),
         _spread(last["train_loss"], 4),
-        f"{100 * np.mean([run['zeta_share'] for run in runs]):.1f}" if constrained else "—",
-        f"{max(run['step_ratio'] for run in runs):.2g}" if constrained else "—",
+        _of_constrained(runs, "zeta_share", lambda shares: f"{100 * np.mean(shares):.1f}"),
+        _of_constrained(runs, "step_ratio", lambda ratios: f"{max(ratios):.2g}"),
     ]
+
+
+def _of_constrained(runs: list[Any], name: str, shown: Callable[[list[float]], str]) -> str:
+    return "—" if runs[0].get(name) is None else shown([run[name] for run in runs])
 
 
 def _against(trainings: list[Any], row: str, reference: str) -> list[str]:

@@ -6,7 +6,7 @@ import tyro
 from ._augment import Augmentation
 from ._errors import UsageError
 from ._schedules import ScheduleName
-from ._schemes import Retraction
+from ._schemes import Pooling, Retraction
 
 Gamma = Literal["glorot", "literal"] | float
 
@@ -21,8 +21,8 @@ class TrainConfig:
     """resnet8|14|20|32|44|56|110, resnet50|101, each with `se` before it; linen-resnet8|…|110; plain8|…|110, which
     have no normalization."""
     scheme: str = "pio:sp+ob+st"
-    """euc (the baseline), st, sp, ob, each-st, each-sp, each-ob, poms-st, or pi:, po:, pio: with any of
-    sp, ob, st, euc joined by +."""
+    """euc (the baseline), wn (the same with weight normalization), st, sp, ob, each-st, each-sp, each-ob, poms-st, or
+    pi:, po:, pio: with any of sp, ob, st, euc joined by +."""
     epochs: int = 30
     batch_size: int = 128
     lr: float = 0.1
@@ -44,6 +44,13 @@ class TrainConfig:
     """ρ of eq. 5."""
     curvature: float = 0.0
     """c of eq. 5, a bound on the curvature."""
+    zeta: Literal["on", "off", "clip"] = "on"
+    """Line 6 of Algorithm 1: divide each group's gradient by ζ, leave it, or clip it at the norm where ζ begins to act
+    (at c = 0)."""
+    pooling: Pooling = "scheme"
+    """The groups of ζ: the scheme's, layer, slice, or pi, po, pio in three, whatever their manifolds."""
+    clip: Annotated[float | None, tyro.conf.arg(metavar="NORM")] = None
+    """Shorten the gradient of all weights together to this norm, before anything else."""
     augment: Augmentation = "auto"
     """auto: random crops, and flips too unless the images are digits."""
     limit_train: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -65,7 +72,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{option(name)} {value}: give a whole number of 1 or more")
-        for name in ("lr", "rho", "lambda_floor"):
+        for name in ("lr", "rho", "lambda_floor", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{option(name)} {getattr(self, name)}: give a number above 0")
@@ -92,7 +99,7 @@ class TrainConfig:
             raise UsageError(f"this run was made by another version of fgsgd: it has the option {option(strange[0])}")
         hints = get_type_hints(cls)
         for name, value in values.items():
-            if not _fits(value, hints[name]):
+            if not fits(value, hints[name]):
                 raise UsageError(f"the options of this run are damaged: {option(name)} is {value!r}")
         return cls(**values)
 
@@ -105,13 +112,13 @@ class TrainConfig:
         return None
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a file is one that an option can have."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from text is one that an option can have."""
     choices = get_args(hint)
     if get_origin(hint) is Literal:
         return value in choices
     if choices:
-        return any(_fits(value, choice) for choice in choices)
+        return any(fits(value, choice) for choice in choices)
     kinds = (int, float) if hint is float else hint
     return isinstance(value, kinds) and not isinstance(value, bool)
 

@@ -1,12 +1,14 @@
 import dataclasses
 from collections.abc import Iterable
+from typing import get_type_hints
 
-from ._config import TrainConfig
+from ._config import TrainConfig, fits
 from ._errors import UsageError, unknown
 
 # The rows of the paper's tables, and schemes' names written shorter.
 ROWS = {
     "euc": "euc",
+    "wn": "wn",
     "each-sp": "each-sp",
     "each-ob": "each-ob",
     "each-st": "each-st",
@@ -34,6 +36,9 @@ OPTIONS = {
     "schedule": "schedule",
     "rho": "rho",
     "curvature": "curvature",
+    "zeta": "zeta",
+    "pooling": "pooling",
+    "clip": "clip",
 }
 
 
@@ -41,7 +46,7 @@ def row_config(row: str, base: TrainConfig) -> TrainConfig:
     """The options of a row.
 
     Args:
-        row: a name of `ROWS`, after which `~option=value` changes single options: `euc~wd=0.005`, `pio3~gamma=literal`.
+        row: a name of `ROWS`, after which `~option=value` changes single options: `euc~wd=0.005`, `pio3~zeta=off`.
         base: the options that all rows share.
 
     Raises:
@@ -50,12 +55,15 @@ def row_config(row: str, base: TrainConfig) -> TrainConfig:
     name, *changes = row.split("~")
     if name not in ROWS:
         raise unknown("row", name, ROWS)
-    changed = {}
+    changed, hints = {}, get_type_hints(TrainConfig)
     for change in changes:
         key, equals, value = change.partition("=")
         if key not in OPTIONS or not equals:
             raise UsageError(f"row {row!r}: write ~option=value with an option of {', '.join(OPTIONS)}")
-        changed[OPTIONS[key]] = _number(value)
+        option = OPTIONS[key]
+        changed[option] = _number(value)
+        if not fits(changed[option], hints[option]):
+            raise UsageError(f"row {row!r}: {key} cannot be {value!r}")
     return dataclasses.replace(base, scheme=ROWS[name], **changed).check()
 
 

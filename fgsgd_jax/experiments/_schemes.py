@@ -1,20 +1,25 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+
 import fgsgd_jax as fg
 
 from ._errors import UsageError, unknown
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
+Pooling = Literal["scheme", "layer", "slice", "pi", "po", "pio"]
 Rules = list[tuple[Any, Any]]
 
 MANIFOLDS = ("sp", "ob", "st", "euc")
 CONSTRAINED = ("sp", "ob", "st")
 GROUPINGS = {"pi": "PI", "po": "PO", "pio": "PIO"}
-BASELINE = "euc"
+WEIGHT_NORM = "wn"
+BASELINES = ("euc", WEIGHT_NORM)
 
 # Every name that is not a grouping over a list of manifolds.
-NAMES = (BASELINE, *CONSTRAINED, *(f"each-{manifold}" for manifold in CONSTRAINED), "poms-st")
+NAMES = (*BASELINES, *CONSTRAINED, *(f"each-{manifold}" for manifold in CONSTRAINED), "poms-st")
 EXAMPLES = tuple(f"{grouping}:sp+ob+st" for grouping in GROUPINGS)
 
 
@@ -25,21 +30,44 @@ def rules(name: str, retraction: Retraction = "polar") -> Rules | None:
     normalization) stays Euclidean: its slices are single numbers, which no manifold leaves room to move.
 
     Args:
-        name: `euc` (the unconstrained baseline); `sp`, `ob`, `st` (a layer is one group on one manifold); `each-sp`,
-            `each-ob`, `each-st` (every slice a group of its own); `poms-st` (grouped by PIO in three, all Stiefel);
-            `pi:`, `po:` or `pio:` before any of `sp`, `ob`, `st`, `euc` joined by `+`.
+        name: `euc` and `wn` (unconstrained: plain, and with weight normalization); `sp`, `ob`, `st` (a layer is one
+            group on one manifold); `each-sp`, `each-ob`, `each-st` (every slice a group of its own); `poms-st`
+            (grouped by PIO in three, all Stiefel); `pi:`, `po:` or `pio:` before any of `sp`, `ob`, `st`, `euc` joined
+            by `+`.
         retraction: how Stiefel points return to their manifold.
 
     Returns:
-        The rules, or `None` for the baseline.
+        The rules, or `None` for the baselines.
 
     Raises:
         UsageError: no scheme has this name.
     """
-    if name == BASELINE:
+    if name in BASELINES:
         return None
     scheme = _scheme(name, retraction)
-    return [(_is_spatial_kernel, scheme), ("*", None)]
+    return [(is_spatial_kernel, scheme), ("*", None)]
+
+
+def pooled(plan: fg.Plan, pooling: Pooling) -> fg.Plan:
+    """A plan of other groups for the same weights, to normalize by: its manifolds mean nothing.
+
+    Args:
+        plan: the plan of the weights.
+        pooling: `scheme` (the plan's own groups), `layer`, `slice`, or `pi`, `po`, `pio`: as three manifolds would be
+            grouped, so that `st` becomes `poms-st` by `pio`.
+    """
+    if pooling == "scheme":
+        return plan
+    anywhere = fg.Euclidean()
+    match pooling:
+        case "layer":
+            scheme = fg.Whole(anywhere)
+        case "slice":
+            scheme = fg.Each(anywhere)
+        case _:
+            scheme = getattr(fg, GROUPINGS[pooling])([anywhere] * 3)
+    shapes = {path: jax.ShapeDtypeStruct(plan.entries[path].shape, jnp.float32) for path in plan.collections}
+    return fg.plan(shapes, [("*", scheme)], seed=plan.seed)
 
 
 def _scheme(name: str, retraction: Retraction) -> Any:
@@ -77,5 +105,5 @@ def _manifold_maker(retraction: Retraction) -> Callable[[str], Any]:
     return make
 
 
-def _is_spatial_kernel(path: str, leaf: Any) -> bool:
+def is_spatial_kernel(path: str, leaf: Any) -> bool:
     return leaf.ndim == 4 and leaf.shape[0] * leaf.shape[1] > 1
