@@ -172,9 +172,12 @@ def _rotation_log(x: Array, y: Array) -> Array:
     """
     r = gram(x, y)
     eye = jnp.broadcast_to(jnp.eye(r.shape[-1], dtype=r.dtype), r.shape)
-    undefined = jnp.full_like(eye, jnp.nan)
-    for _ in range(_SQUARE_ROOTS):
-        r = orthonormalize(eye + r, undefined)
+    root = orthonormalize(eye + r, eye)
+    # The identity, where I + R is singular: then R has an eigenvalue of -1.
+    found = norm(matmul(root, root) - r, (-2, -1), keepdims=True) < 1
+    r = root
+    for _ in range(_SQUARE_ROOTS - 1):
+        r = orthonormalize(eye + r, eye)
     sinh = (r - jnp.swapaxes(r, -1, -2)) / 2
     square = matmul(sinh, sinh)
     # arsinh: angles are below π / 2⁵ here, so the first term left out is below 1e-17.
@@ -182,7 +185,7 @@ def _rotation_log(x: Array, y: Array) -> Array:
     series = coefficients[-1] * eye
     for coefficient in coefficients[-2::-1]:
         series = coefficient * eye + matmul(square, series)
-    return matmul(x, 2.0**_SQUARE_ROOTS * matmul(sinh, series))
+    return jnp.where(found, matmul(x, 2.0**_SQUARE_ROOTS * matmul(sinh, series)), jnp.nan)
 
 
 @jax.custom_vjp
