@@ -97,6 +97,21 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(state, tmp_pa
     again.close()
 
 
+def test_the_loss_of_another_process_while_saving_is_no_full_disk(state, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection closed by peer")
+
+    checkpoints = Checkpoints(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("orbax.checkpoint.CheckpointManager.save", lost)
+        with pytest.raises(UsageError, match="cannot be written"):
+            checkpoints.save(3, state, {})
+        patched.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="UNAVAILABLE"):
+            checkpoints.save(3, state, {})
+    checkpoints.close()
+
+
 def test_a_line_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.create({"config": {}})
