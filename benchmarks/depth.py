@@ -1,8 +1,9 @@
 """Plain chains of convolutions, without shortcuts or normalization: what λ does to their features and their training.
 
-FG-SGD (every slice on a Stiefel manifold, a group of its own) with λ off and with λ measured over every epoch, beside
-momentum SGD from He's initialization. For every one the rate of the grid with the least training loss counts. Prints
-what it finds and writes JSON and a picture: the features' deviation by layer, and the loss over the epochs.
+FG-SGD (every slice on a Stiefel manifold, a group of its own) with λ off, with λ measured over the first epoch and
+kept, and with λ measured over every epoch, beside momentum SGD from He's initialization. For every one the rate of the
+grid with the least training loss counts. Prints what it finds and writes JSON and a picture: the features' deviation by
+layer, and the loss over the epochs.
 """
 
 import argparse
@@ -24,8 +25,13 @@ from fgsgd_jax.features import batch_moments
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-MODES = {"lambda off": "FG-SGD, λ = 1", "lambda on": "FG-SGD, λ measured", "he": "SGD, He's initialization"}
-COLORS = dict(zip(MODES, ("#d55e00", "#0072b2", "#777777"), strict=True))
+MODES = {
+    "lambda off": "FG-SGD, λ = 1",
+    "lambda first": "FG-SGD, λ of the first epoch",
+    "lambda epoch": "FG-SGD, λ of every epoch",
+    "he": "SGD, He's initialization",
+}
+COLORS = dict(zip(MODES, ("#d55e00", "#0072b2", "#56b4e9", "#777777"), strict=True))
 BATCH = 50
 MOMENTUM = 0.9
 
@@ -72,8 +78,11 @@ class Chain:
         # that suits the others turns its weights around.
         rules = [("conv_000/*", fg.Each(fg.Stiefel(radius=1.0))), ("conv_*", fg.Each(fg.Stiefel())), ("*", None)]
         plan = fg.plan(params, rules, trace=trace)
-        every = steps_per_epoch if mode == "lambda on" else None
-        return fg.initialize(key, params, plan), lambda rate: fg.fgsgd(rate, plan, momentum=MOMENTUM, every=every)
+        features = {
+            "every": steps_per_epoch if mode == "lambda epoch" else None,
+            "warmup": (steps_per_epoch, steps_per_epoch) if mode == "lambda first" else None,
+        }
+        return fg.initialize(key, params, plan), lambda rate: fg.fgsgd(rate, plan, momentum=MOMENTUM, **features)
 
 
 def train(chain, mode, data, rates, epochs):

@@ -344,6 +344,21 @@ def test_the_function_of_the_weights_changes_by_the_ratio_of_the_scales():
     np.testing.assert_allclose(ratio, expected, rtol=3e-5)
 
 
+@pytest.mark.parametrize(("every", "changes"), [(3, {2, 4, 7}), (None, {2, 4})])
+def test_a_warm_up_changes_sooner_and_without_a_period_only_then(every, changes):
+    _, params, tx, state = started(layers((1, 2, 4, 2)), fg.Each(fg.Sphere()), every=every, warmup=(2, 5))
+    update, still = jax.jit(tx.update), jax.tree.map(jnp.zeros_like, params)
+    found, before = set(), fg.radii(state)["l0/kernel"]
+    for step in range(1, 9):
+        x = (1 + 0.1 * step) * jax.random.normal(jax.random.key(step), (20, 4))
+        updates, state = update(still, state, params, feature_moments=moments_of(x))
+        params = optax.apply_updates(params, updates)
+        after = fg.radii(state)["l0/kernel"]
+        found |= {step} if np.all(after != before) else set()
+        before = after
+    assert found == changes
+
+
 @pytest.mark.slow
 def test_grouped_convolutions_have_a_radius_for_input_and_output():
     plan, params, tx, state = started(layers((3, 3, 2, 6)), fg.Each(fg.Sphere()), every=1, max_change=None)

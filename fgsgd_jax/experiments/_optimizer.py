@@ -42,7 +42,11 @@ def _baseline(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransf
 def _constrained(
     config: TrainConfig, rate: optax.Schedule, plan: fg.Plan, steps_per_epoch: int
 ) -> optax.GradientTransformationExtraArgs:
-    every = steps_per_epoch if config.lambda_ == "epoch" else None
+    features = {
+        "every": steps_per_epoch if config.lambda_ == "epoch" else None,
+        "warmup": (steps_per_epoch, steps_per_epoch) if config.lambda_ == "first" else None,
+        "lambda_floor": config.lambda_floor,
+    }
     if (config.zeta, config.pooling) == ("on", "scheme"):
         return fg.fgsgd(
             rate,
@@ -51,8 +55,7 @@ def _constrained(
             weight_decay=config.weight_decay,
             rho=config.rho,
             curvature=config.curvature,
-            every=every,
-            lambda_floor=config.lambda_floor,
+            **features,
         )
     # The same step with line 6 of its own: between the projection of gradients and that of the momentum.
     inner = optax.chain(
@@ -60,7 +63,7 @@ def _constrained(
         optax.add_decayed_weights(config.weight_decay, mask=plan.mask),
         optax.sgd(rate, momentum=config.momentum),
     )
-    return fg.on_manifolds(inner, plan, every=every, lambda_floor=config.lambda_floor)
+    return fg.on_manifolds(inner, plan, **features)
 
 
 def _line_6(config: TrainConfig, plan: fg.Plan) -> optax.GradientTransformation:

@@ -104,7 +104,7 @@ def run(
         checkpoints.close()
     if processes.is_first():
         draw({f"{config.model}, {config.scheme}": records}, folder / PICTURE)
-        if config.lambda_ == "epoch":
+        if config.lambda_ != "off":
             draw_scales(records, folder / SCALES)
     return Result(folder, records, state)
 

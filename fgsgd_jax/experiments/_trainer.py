@@ -73,7 +73,7 @@ class Trainer:
         self._unit_rate = schedule(config.schedule, 1.0, self.total_steps)
         self._plans: dict[int, fg.Plan | None] = {}
         plan = self.plan_of(config.seed)
-        self._observes = plan is not None and config.lambda_ == "epoch"
+        self._observes = plan is not None and config.lambda_ != "off"
         # The number of each parameter's groups, which is the same for every seed.
         collections = {} if plan is None else plan.collections
         self._groups = {path: np.unique(collection.group).size for path, collection in collections.items()}

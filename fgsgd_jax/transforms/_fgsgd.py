@@ -171,7 +171,7 @@ def fgsgd(
     def displaced(points: Any, gradients: Any, moved: Any, state: Any, feature_moments: Any) -> Any:
         rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []
         for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
-            radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
+            radius = batch.flat(batch.own(rescaled.radii.values)) if scale.measures else None
             v = batch.stack(moved)
             displacement, ratio = displace(batch, mixture, batch.stack(points), v, radius, momentum is None, share_out)
             displacements |= batch.unstack(displacement, wider(points, gradients))

@@ -118,7 +118,7 @@ def on_manifolds(
     def displaced(points: Any, leaves: Any, state: Any, feature_moments: Any) -> tuple[dict, Any, Stacked]:
         rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []
         for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
-            radius = None if every is None else batch.flat(batch.own(rescaled.radii.values))
+            radius = batch.flat(batch.own(rescaled.radii.values)) if scale.measures else None
             x, v = batch.stack(points), batch.stack(leaves)
             displacement, ratio = displace(batch, mixture, x, v, radius, False, share_out)
             displacements |= batch.unstack(displacement, wider(points, leaves))

@@ -26,13 +26,13 @@ def rescale(
     where round-off would walk it away.
 
     λ is the standard deviation of the features that enter a matrix, over an epoch. It is 1 in the first epoch, and for
-    ever if `every` is None or `update` is given no `feature_moments`. `feature_moments` (of `fg.nnx.moments` or
-    `fg.linen.observe`) cover what was seen since the last applied update. A matrix whose channels had no features,
-    or constant ones, keeps its scale and is counted in `fg.metrics`.
+    ever if `every` and `warmup` are None or `update` is given no `feature_moments`. `feature_moments` (of
+    `fg.nnx.moments` or `fg.linen.observe`) cover what was seen since the last applied update. A matrix whose channels
+    had no features, or constant ones, keeps its scale and is counted in `fg.metrics`.
 
     Args:
       plan: the plan of the parameters.
-      every: applied updates in an epoch: after so many, ℜ changes.
+      every: applied updates in an epoch: after so many, ℜ changes. None: not after the warm-up.
       lambda_floor: smallest λ used. 1 guarantees ℜ ≤ γ and with it the norm bounds of Proposition 1; None uses λ as
         measured.
       max_change: largest factor by which radii change at once, None for none. Without normalization layers, changing
@@ -40,7 +40,8 @@ def rescale(
         corrected by the changes of the layers above it, and the limit concerns the channels of a layer relative to
         each other; `"auto"` is 1 + 4/(layers between normalizations) then, and 2 otherwise.
       warmup: (updates, until): change every `updates` applied updates until `until` of them were applied. With a
-        limited change it lets the scales of a deep network without normalization settle early.
+        limited change it lets the scales of a deep network without normalization settle early; with `every=None` they
+        stay then, without which such a network hardly trains: each change is one of the function that it computes.
       radii: of the first epoch: `"gamma"`, or `"fitted"` for those of the parameters that `init` is given, as
         `fg.nearest(..., radii="fitted")` leaves them; they then take the place of γ.
 

@@ -66,6 +66,11 @@ class Scale:
         if self.radii not in ("gamma", "fitted"):
             raise ValueError(f"radii={self.radii!r}: write 'gamma' or 'fitted'")
 
+    @property
+    def measures(self) -> bool:
+        """Whether λ is ever measured."""
+        return self.every is not None or self.warmup is not None
+
     def init(self, kinds: Stacked, leaves: dict[str, Any]) -> ScaleState:
         """The state at λ = 1."""
         paths = tuple(bucket.paths for bucket in self.layout)
@@ -75,7 +80,7 @@ class Scale:
             else jnp.asarray(gammas(self.plan, bucket, bucket.dtype(leaves)))
             for bucket, kind in zip(self.layout, kinds.values, strict=True)
         )
-        if self.every is None:
+        if not self.measures:
             return ScaleState(Stacked(radii, paths), None)
         empty = tuple(_empty(radius.shape, radius.dtype) for radius in radii)
         unfed = Stacked(tuple(jnp.zeros(len(layers), jnp.int32) for layers in paths), paths)
@@ -86,21 +91,26 @@ class Scale:
 
     def advance(self, state: ScaleState, kinds: Stacked, feature_moments: Any) -> ScaleState:
         """The state after one more applied update; the radii change if it was the last of the epoch."""
-        if state.lambdas is None or self.every is None:
+        if state.lambdas is None:
             return state
         lambdas = state.lambdas
         if feature_moments is not None:
             lambdas = lambdas._replace(moments=self._accumulated(lambdas.moments, feature_moments))
         lambdas = lambdas._replace(since_change=lambdas.since_change + 1, total=lambdas.total + 1)
-        period = self.every
-        if self.warmup is not None:
-            period = jnp.where(lambdas.total <= self.warmup[1], self.warmup[0], self.every)
         return lax.cond(
-            lambdas.since_change >= period,
+            self._due(lambdas),
             lambda state: self._changed(state, kinds),
             lambda state: state,
             ScaleState(state.radii, lambdas),
         )
+
+    def _due(self, lambdas: LambdaState) -> Bool[Array, ""]:
+        never = jnp.zeros((), bool)
+        due = never if self.every is None else lambdas.since_change >= self.every
+        if self.warmup is None:
+            return due
+        updates, until = self.warmup
+        return jnp.where(lambdas.total <= until, lambdas.since_change >= updates, due)
 
     def _accumulated(self, moments: tuple[FeatureMoments, ...], feature_moments: Any) -> tuple[FeatureMoments, ...]:
         given = by_path(feature_moments, is_leaf=is_moments)
