@@ -5,12 +5,12 @@ Prints a table and writes JSON. The first call compiles; the others are what a t
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from timing import machine, medians, side_by_side
 
 import fgsgd_jax as fg
 
@@ -26,34 +26,25 @@ def resnet110(key):
     return fg.initialize(key, params, plan), plan
 
 
-def seconds(function, repeats):
-    """Of the first call, and the least of the others."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - start)
-    return {"first": times[0], "least": min(times[1:])}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/bounds.json"), help="where to write the figures")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/bounds_speed.json"))
     options = parser.parse_args()
     params, plan = resnet110(jax.random.key(0))
-    figures = {
-        "slices": sum(plan[path].num_groups for path in plan),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "jax": jax.__version__,
-        "norms": seconds(lambda: fg.norms(params, plan), options.repeats),
-        "certify": seconds(lambda: fg.certify(params, plan).holds, options.repeats),
-    }
+    programs = {"norms": lambda: fg.norms(params, plan), "certify": lambda: fg.certify(params, plan).holds}
+    first = {}
+    for name, program in programs.items():
+        start = time.perf_counter()
+        jax.block_until_ready(program())
+        first[name] = time.perf_counter() - start
+    seconds = side_by_side(programs, options.repeats)
+    slices = sum(plan[path].num_groups for path in plan)
+    figures = machine() | {"slices": slices, "first": first, "seconds": seconds}
     options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"{figures['slices']} slices on {figures['device']}, seconds")
-    for name in ("norms", "certify"):
-        print(f"  fg.{name:8} first {figures[name]['first']:.2f}, then {figures[name]['least']:.3f}")
+    print(f"{slices} slices on {figures['device']}, seconds")
+    for name, median in medians(seconds).items():
+        print(f"  fg.{name:8} first {first[name]:.2f}, then {median:.3f}")
 
 
 if __name__ == "__main__":

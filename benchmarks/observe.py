@@ -1,20 +1,18 @@
 """What observing the features costs: training steps of a ResNet-20 with λ off and on, and of plain SGD, in turns.
 
-Prints a table and writes JSON. Ratios are medians of the ratios within a turn, so that what else the machine does
-falls on both sides.
+Prints a table and writes JSON.
 """
 
-import argparse
-import json
 import os
-import platform
-import time
-from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import jax
+import argparse
+import json
+from pathlib import Path
+
 import numpy as np
+from timing import machine, medians, ratio, side_by_side
 
 from fgsgd_jax.experiments._config import TrainConfig
 from fgsgd_jax.experiments._data import ImageSet, Split
@@ -34,6 +32,19 @@ def images(count):
     return ImageSet("noise", split, split, tuple(map(str, range(10))))
 
 
+class Arm:
+    """A training that goes on by a few steps at every call."""
+
+    def __init__(self, config: TrainConfig, data: ImageSet, steps: int):
+        self.trainer, self.steps = Trainer(config, data), steps
+        self.state = self.trainer.start(0)
+        self.order = self.trainer.order(self.state)
+
+    def __call__(self):
+        self.state = self.trainer.advance(self.state, self.order, self.steps)
+        return self.state.step
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="resnet20")
@@ -44,36 +55,19 @@ def main():
 
     batch = 128
     data = images(batch * 1000)
-    arms = {}
-    for name, settings in ARMS.items():
-        trainer = Trainer(TrainConfig(model=options.model, batch_size=batch, augment="none", **settings), data)
-        state = trainer.start(0)
-        order = trainer.order(state)
-        # The first call compiles.
-        arms[name] = [trainer, jax.block_until_ready(trainer.advance(state, order, 1)), order]
-    seconds = {name: [] for name in arms}
-    for _ in range(options.turns):
-        for name, arm in arms.items():
-            trainer, state, order = arm
-            start = time.perf_counter()
-            arm[1] = jax.block_until_ready(trainer.advance(state, order, options.steps))
-            seconds[name].append((time.perf_counter() - start) / options.steps)
-
-    def ratio(name, against):
-        return float(np.median(np.array(seconds[name]) / np.array(seconds[against])))
-
-    figures = {
+    arms = {
+        name: Arm(TrainConfig(model=options.model, batch_size=batch, augment="none", **settings), data, options.steps)
+        for name, settings in ARMS.items()
+    }
+    turns = side_by_side(arms, options.turns)
+    seconds = {name: [time / options.steps for time in times] for name, times in turns.items()}
+    figures = machine() | {
         "model": options.model,
         "batch": batch,
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "seconds per step": {name: float(np.median(times)) for name, times in seconds.items()},
-        "fgsgd / sgd": ratio("fgsgd", "sgd"),
-        "observing / not": ratio("fgsgd with lambda", "fgsgd"),
+        "seconds per step": medians(seconds),
+        "fgsgd / sgd": ratio(seconds, "fgsgd", "sgd"),
+        "observing / not": ratio(seconds, "fgsgd with lambda", "fgsgd"),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"{options.model}, batch {batch}, on {figures['device']}: medians of {options.turns} turns")
     for name, value in figures["seconds per step"].items():
