@@ -275,15 +275,19 @@ first, second = jax.jit(lambda a: (expm(a), expm(-a)))(a)
 assert np.max(np.abs(np.asarray(first) @ np.asarray(second) - np.eye(6))) < 1e-3
 x = np.linalg.qr(rng.standard_normal((2, 28672, 6, 3)))[0].astype(np.float32)
 v = fg.Stiefel().project(x, rng.standard_normal(x.shape).astype(np.float32))
-for retraction in ("cayley", "exp", "qr"):
+for retraction in ("cayley", "exp", "qr", "polar"):
     m = fg.Stiefel(retraction=retraction)
     for y in jax.jit(lambda x, v: (m.retract(x[0], v[0]), m.retract(x[1], v[1])))(x, v):
         assert np.max(m.violation(y)) < 1e-5
+for y in jax.jit(lambda x: (m.nearest(x[0]), m.nearest(x[1])))(x + v):
+    assert np.max(m.violation(y)) < 1e-5
 """
 
 
 @pytest.mark.slow
 def test_many_matrices_side_by_side_come_to_an_end():
-    """Two LU solves of so many, in one program, never do on CPU with several threads: hence a process of its own."""
+    """Two LU solves of so many, in one program, never do on CPU with several threads, nor do two decompositions of which
+    R is read while Q is made: hence a process of its own.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
     subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], env=environment, timeout=200, check=True)

@@ -18,6 +18,8 @@ def cayley(x: Float[Array, "*batch n p"], v: Float[Array, "*batch n p"]) -> Floa
     right = jnp.concatenate([x, -pv], axis=-1)
     small = gram(right, left)
     eye = jnp.broadcast_to(jnp.eye(small.shape[-1], dtype=x.dtype), small.shape)
-    # By QR: two LU solves of many matrices side by side deadlock the thread pool of jaxlib 0.10 on CPU.
-    q, r = jnp.linalg.qr(eye - small / 2)
-    return x + matmul(left, solve_triangular(r, gram(q, gram(right, x))))
+    system = eye - small / 2
+    # By QR, and R from Q: two LU solves of many matrices side by side, and two decompositions of which R is read while
+    # Q is made, deadlock the thread pool of jaxlib 0.10 on CPU.
+    q, _ = jnp.linalg.qr(system)
+    return x + matmul(left, solve_triangular(gram(q, system), gram(q, gram(right, x))))

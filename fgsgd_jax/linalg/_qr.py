@@ -14,6 +14,9 @@ def qf(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
     """
     # Householder vectors of an overflowing matrix are no numbers; Q is that of the scaled matrix.
     top = lax.stop_gradient(largest(jnp.abs(y), (-2, -1), keepdims=True))
-    q, r = jnp.linalg.qr(y / jnp.where(top > 1, top, 1))
-    signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(y.dtype)
-    return q * signs[..., None, :]
+    y = y / jnp.where(top > 1, top, 1)
+    q, _ = jnp.linalg.qr(y)
+    # The diagonal of R from Q: with R itself read while Q is made, two decompositions of many matrices side by side
+    # deadlock the thread pool of jaxlib 0.10 on CPU.
+    diagonal = jnp.sum(q * y, axis=-2, keepdims=True)
+    return q * jnp.where(diagonal < 0, -1, 1).astype(y.dtype)
