@@ -35,8 +35,8 @@ class TrainConfig:
     gamma: Gamma = "glorot"
     """The weights' scale: `glorot` (eq. 2 with Glorot's fan-out), `literal` (with the output's size) or a number."""
     lambda_: Annotated[Literal["off", "first", "epoch"], tyro.conf.arg(name="lambda")] = "off"
-    """Rescale the weights by the standard deviation of their features: never, after the first epoch alone, or after
-    every epoch."""
+    """Rescale the weights by the standard deviation of their features: never, four times during the first epoch,
+    or after every epoch."""
     lambda_floor: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """The smallest standard deviation used; 1 keeps the norms' bounds."""
     retraction: Retraction = "polar"

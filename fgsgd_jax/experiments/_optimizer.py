@@ -42,9 +42,11 @@ def _baseline(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransf
 def _constrained(
     config: TrainConfig, rate: optax.Schedule, plan: fg.Plan, steps_per_epoch: int
 ) -> optax.GradientTransformationExtraArgs:
+    # Features below 10⁻¹⁹ have no variance in float32: deep chains need a few changes to have all of them measured.
+    quarter = max(1, steps_per_epoch // 4)
     features = {
         "every": steps_per_epoch if config.lambda_ == "epoch" else None,
-        "warmup": (steps_per_epoch, steps_per_epoch) if config.lambda_ == "first" else None,
+        "warmup": (quarter, steps_per_epoch) if config.lambda_ == "first" else None,
         "lambda_floor": config.lambda_floor,
     }
     if (config.zeta, config.pooling) == ("on", "scheme"):
