@@ -286,8 +286,9 @@ for y in jax.jit(lambda x: (m.nearest(x[0]), m.nearest(x[1])))(x + v):
 
 @pytest.mark.slow
 def test_many_matrices_side_by_side_come_to_an_end():
-    """Two LU solves of so many, in one program, never do on CPU with several threads, nor do two decompositions of which
-    R is read while Q is made: hence a process of its own.
+    """Two LU solves of so many in one program never do on CPU with several threads.
+
+    Nor do two decompositions of which R is read while Q is made. Hence a process of its own.
     """
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
     subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], env=environment, timeout=200, check=True)
