@@ -102,7 +102,7 @@ class TrainConfig:
         for name, value in values.items():
             if not fits(value, hints[name]):
                 raise UsageError(f"the options of this run are damaged: {option(name)} is {value!r}")
-        return cls(**values)
+        return cls(**{name: _floating(value, hints[name]) for name, value in values.items()})
 
     def difference(self, other: "TrainConfig") -> str | None:
         """The first option in which two configs differ, in words."""
@@ -120,8 +120,16 @@ def fits(value: Any, hint: Any) -> bool:
         return value in choices
     if choices:
         return any(fits(value, choice) for choice in choices)
-    kinds = (int, float) if hint is float else hint
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    if hint is float and isinstance(value, int):
+        # As many whole numbers as a float tells apart.
+        return not isinstance(value, bool) and abs(value) <= 2**53
+    return isinstance(value, hint) and not isinstance(value, bool)
+
+
+def _floating(value: Any, hint: Any) -> Any:
+    """A whole number as the float that an option is, which other programs write without its point."""
+    takes = (hint, *get_args(hint))
+    return float(value) if isinstance(value, int) and float in takes and int not in takes else value
 
 
 def option(name: str) -> str:
