@@ -104,6 +104,23 @@ class Batch:
                 start += math.prod(grid)
         return tensors
 
+    def keep(self, matrices: Float[Array, "*batch rows cols"], like: dict[str, Array]) -> Any:
+        """The matrices as a state keeps them, at no cost: joined in their layout, else as tensors by path."""
+        return layout_for(self._shape).take(matrices) if self.joined else self.unstack(matrices, like)
+
+    def kept(self, matrices: Any) -> Float[Array, "*batch rows cols"]:
+        """Undoes `keep`."""
+        return layout_for(self._shape).give(matrices) if self.joined else self.stack(matrices)
+
+    def kept_leaves(self, leaves: dict[str, Array]) -> Any:
+        """The leaves' matrices as `keep` has them, with the shardings of the leaves."""
+        return self.keep(self.stack(leaves), leaves) if self.joined else {path: leaves[path] for path in self.paths}
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters, in the order of their matrices."""
+        return tuple(path for bucket in self.buckets for path in bucket.paths)
+
     def own(self, values: Sequence[Any]) -> list[Any]:
         """The part of this batch of one value for every bucket of the plan."""
         return [values[place] for place in self.places]

@@ -40,4 +40,6 @@ def _norm(x, total, maximum):
 def squared_norm(x: Float[Array, "*batch n p"]) -> Float[Array, "*batch"]:
     """Sum of the squared entries of each matrix, as it comes: it may overflow."""
     layout = layout_for(x.shape)
-    return jnp.squeeze(layout.give(layout.sum(jnp.square(layout.take(x)))), axis=(-2, -1))
+    squares = jnp.squeeze(layout.give(layout.sum(jnp.square(layout.take(x)))), axis=(-2, -1))
+    # XLA on CPU would read all of x again for each use of the sums.
+    return lax.optimization_barrier(squares)

@@ -22,7 +22,7 @@ from ._stiefel import Stiefel, shortened
 
 # On CPU the intermediate results of so many matrices stay in the cache, and the program's temporary memory small: that
 # of a whole network is new to the process at every call, and the page faults cost more than the arithmetic.
-_CHUNK = 16384
+_CHUNK = 8192
 
 
 def share_products(manifolds: tuple[Manifold, ...], shape: tuple[int, ...]) -> bool:
@@ -71,32 +71,27 @@ def _in_chunks(function: Callable, kind: Array | None, *radii: Array | None, x: 
         return function(kind, *radii, x, w)
     count = -(-number // _CHUNK)
     size = -(-number // count)
-    # Filled up with matrices on the manifolds, which do not move.
-    missing = count * size - number
-    origin = _over_batch(Stiefel().origin(x.shape[:2], x.dtype), x)
-    scalars = [a if a is None else jnp.pad(a, (0, missing), mode="edge") for a in (kind, *radii)]
-    x = jnp.concatenate([x, jnp.broadcast_to(origin, (*x.shape[:2], missing))], axis=-1)
-    w = jnp.pad(w, ((0, 0), (0, 0), (0, missing)))
 
     def whole(w, *others):
         return function(*others, w)
 
     def chunked(w, *others):
         def chunk(index, carry):
-            # In place: the results take the place of `w`.
-            w, figures = carry
-            start = index * size
+            results, figures = carry
+            # The last chunk overlaps the one before it, and finds the same there.
+            start = jnp.minimum(index * size, number - size)
             parts = (a if a is None else lax.dynamic_slice_in_dim(a, start, size, a.ndim - 1) for a in (*others, w))
-            result, values = function(*parts)
+            # In a branch, taken always, the arithmetic cannot be fused with the slicing, with which it takes twice as
+            # long.
+            result, values = lax.cond(index < count, function, lambda *parts: (parts[-1], figures[:size]), *parts)
             return (
-                lax.dynamic_update_slice_in_dim(w, result, start, w.ndim - 1),
+                lax.dynamic_update_slice_in_dim(results, result, start, w.ndim - 1),
                 lax.dynamic_update_slice_in_dim(figures, values, start, 0),
             )
 
-        return lax.fori_loop(0, count, chunk, (w, jnp.zeros(count * size, w.dtype)))
+        return lax.fori_loop(0, count, chunk, (jnp.zeros_like(w), jnp.zeros(number, w.dtype)))
 
-    result, figures = lax.platform_dependent(w, *scalars, x, cpu=chunked, default=whole)
-    return result[..., :number], figures[:number]
+    return lax.platform_dependent(w, kind, *radii, x, cpu=chunked, default=whole)
 
 
 def _over_batch(matrix: Array, x: Array) -> Array:

@@ -1,6 +1,6 @@
 """FG-SGD as one transformation."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,13 @@ from ._scale import Scale
 from ._share_out import displace
 from ._states import FgsgdState
 from ._zeta import Scalar, check_options
+
+
+class Kept(NamedTuple):
+    """Directions and momentum: leaves without a collection by path, and the matrices of every batch."""
+
+    others: dict[str, Array]
+    batches: tuple[Any, ...]
 
 
 def fgsgd(
@@ -107,7 +114,7 @@ def fgsgd(
             groups=groups_of(plan, layout),
             radii=started.radii,
             lambdas=started.lambdas,
-            inner=inner.init(in_compute_dtype(leaves)),
+            inner=inner.init(as_kept(in_compute_dtype(leaves))),
             zeta_share=zeros(layout, leaves),
             grad_norm=zeros(layout, leaves),
             step_ratio=zeros(layout, leaves),
@@ -118,10 +125,13 @@ def fgsgd(
         """The leaves as the momentum buffer has them: constraint arithmetic is never rounded to bfloat16."""
         return {path: x.astype(compute_dtype(x.dtype)) if path in plan.collections else x for path, x in leaves.items()}
 
-    def decayed(path: str, g: Array, x: Array) -> Array:
-        collection = plan.collections.get(path)
-        free = collection is None or all(isinstance(kind, Euclidean) for kind in collection.kinds)
-        return g + jnp.asarray(weight_decay, g.dtype) * x.astype(g.dtype) if free else g
+    def as_kept(leaves: dict[str, Array]) -> Kept:
+        """The leaves as momentum and learning rate see them."""
+        others = {path: x for path, x in leaves.items() if path not in plan.collections}
+        return Kept(others, tuple(batch.kept_leaves(leaves) for batch in joined))
+
+    def decayed(g: Array, x: Array) -> Array:
+        return g + jnp.asarray(weight_decay, g.dtype) * x.astype(g.dtype)
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
@@ -130,17 +140,18 @@ def fgsgd(
         gradients = constrained_leaves(updates, plan, "updates", "fg.fgsgd")
         own, gradients = held(state._replace(inner=None), gradients, plan)
         whole = constrained(plan, points)
-        like = (whole, state.zeta_share, state.grad_norm, state.refused)
+        like = (as_kept(points).batches, state.zeta_share, state.grad_norm, state.refused)
         steps, shares, norms, refused = automatic(normalized, points, gradients, own, rho, curvature, like=like)
         others, refused = finite_others(gradients, plan, refused)
-        directions = {path: decayed(path, g, points[path]) for path, g in (gradients | others | steps).items()}
+        free = {path: g for path, g in (gradients | others).items() if path not in plan.collections}
+        free = {path: decayed(g, points[path]) for path, g in free.items()}
         moved: Any
-        moved, inner_state = inner.update(directions, state.inner)
+        moved, inner_state = inner.update(Kept(free, steps), state.inner)
         displacements, rescaled, ratios = automatic(
             displaced,
             points,
             gradients,
-            moved,
+            moved.batches,
             own,
             feature_moments,
             like=(whole, state.scale, state.step_ratio),
@@ -154,25 +165,29 @@ def fgsgd(
             step_ratio=ratios,
             refused=refused,
         )
-        return from_paths(moved | displacements, updates), state
+        return from_paths(moved.others | displacements, updates), state
 
     def normalized(points: Any, gradients: Any, state: Any, rho: Scalar, curvature: Scalar) -> Any:
-        like, steps, shares, norms, refused = in_compute_dtype(gradients), {}, [], [], []
+        like, steps, shares, norms, refused = in_compute_dtype(gradients), [], [], [], []
         for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
-            t, flags = finite_matrices(batch, mixture.project(batch.stack(points), batch.stack(gradients)))
-            t, share, norm = normalized_groups(batch, state.groups, t, rho, curvature)
-            steps |= batch.unstack(t, like)
+            x = batch.stack(points)
+            t, squares, flags = finite_matrices(batch, mixture.project(x, batch.stack(gradients)))
+            t, share, norm = normalized_groups(batch, state.groups, t, squares, rho, curvature)
+            if all(isinstance(kind, Euclidean) for kind in batch.kinds):
+                t = decayed(t, x)
+            steps.append(batch.keep(t, like))
             shares.append((batch, share))
             norms.append((batch, norm))
             refused.append((batch, flags))
         shares, norms = figures(state.zeta_share, shares), figures(state.grad_norm, norms)
-        return steps, shares, norms, counted(state.refused, refused)
+        return tuple(steps), shares, norms, counted(state.refused, refused)
 
     def displaced(points: Any, gradients: Any, moved: Any, state: Any, feature_moments: Any) -> Any:
         rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []
-        for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
+        mixtures = mixtures_of(joined, state.kinds, state.radii)
+        for batch, mixture, own in zip(joined, mixtures, moved, strict=True):
             radius = batch.flat(batch.own(rescaled.radii.values)) if scale.measures else None
-            v = batch.stack(moved)
+            v = batch.kept(own)
             displacement, ratio = displace(batch, mixture, batch.stack(points), v, radius, momentum is None, share_out)
             displacements |= batch.unstack(displacement, wider(points, gradients))
             ratios.append((batch, largest_by_layer(batch, ratio)))

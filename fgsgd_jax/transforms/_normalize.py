@@ -63,7 +63,8 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
     def normalized(leaves: dict[str, Array], state: Any, rho: Scalar, curvature: Scalar) -> tuple[dict, Any]:
         steps, shares, norms = {}, [], []
         for batch in joined:
-            step, share, norm = normalized_groups(batch, state.groups, batch.stack(leaves), rho, curvature)
+            t = batch.stack(leaves)
+            step, share, norm = normalized_groups(batch, state.groups, t, squared_norm(t), rho, curvature)
             steps |= batch.unstack(step, leaves)
             shares.append((batch, share))
             norms.append((batch, norm))
@@ -73,11 +74,14 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
 
 
 def normalized_groups(
-    batch: Batch, groups: Stacked, t: Array, rho: Scalar, curvature: Scalar
+    batch: Batch, groups: Stacked, t: Array, squares: Array, rho: Scalar, curvature: Scalar
 ) -> tuple[Array, list[Array], list[Array]]:
-    """The matrices `t` divided by their groups' ζ; for the layers of each bucket the share of ζ > 1, the largest R."""
+    """The matrices `t`, whose squared norms are `squares`, divided by their groups' ζ.
+
+    And for the layers of each bucket the share of ζ > 1, and the largest R.
+    """
     scales, shares, norms = [], [], []
-    grids = zip(batch.buckets, batch.own(groups.values), batch.grids(squared_norm(t)), strict=True)
+    grids = zip(batch.buckets, batch.own(groups.values), batch.grids(squares), strict=True)
     for bucket, group, squares in grids:
         own, tables = of_groups(squares, group, bucket)
         scales.append(jnp.broadcast_to(reciprocal_zeta(jnp.sqrt(own), rho, curvature), squares.shape))

@@ -61,7 +61,7 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
         for batch in joined:
             x, mixture = batch.stack(points), Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
             tangent = mixture.at(mixture.radius_of(x)).project(x, batch.stack(leaves))
-            tangent, flags = finite_matrices(batch, tangent)
+            tangent, _, flags = finite_matrices(batch, tangent)
             tangents |= batch.unstack(tangent, leaves)
             refused.append((batch, flags))
         return tangents, counted(state.refused, refused)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from ..groups import Batch, Bucket, Plan, Stacked
 from ..linalg import squared_norm
@@ -24,12 +24,13 @@ def none_refused(plan: Plan, layout: tuple[Bucket, ...]) -> Stacked:
     return Stacked(tuple(jnp.zeros(len(names), jnp.int32) for names in paths), tuple(paths))
 
 
-def finite_matrices(batch: Batch, t: Array) -> tuple[Array, list[Bool[Array, "layers"]]]:
-    """The matrices `t`, zero in layers that are refused; and for the layers of each bucket, which ones are."""
-    grids = batch.grids(squared_norm(t))
+def finite_matrices(batch: Batch, t: Array) -> tuple[Array, Float[Array, "*batch"], list[Bool[Array, "layers"]]]:
+    """The matrices `t`, zero in layers that are refused; their squared norms; and by bucket which layers those are."""
+    squares = squared_norm(t)
+    grids = batch.grids(squares)
     usable = [jnp.isfinite(jnp.sum(grid, axis=(1, 2), keepdims=True)) for grid in grids]
     on = batch.flat([jnp.broadcast_to(layers, grid.shape) for layers, grid in zip(usable, grids, strict=True)])
-    return jnp.where(on[..., None, None], t, 0), [~layers[:, 0, 0] for layers in usable]
+    return jnp.where(on[..., None, None], t, 0), jnp.where(on, squares, 0), [~layers[:, 0, 0] for layers in usable]
 
 
 def counted(before: Stacked, parts: Sequence[tuple[Batch, list[Bool[Array, "_"]]]]) -> Stacked:
