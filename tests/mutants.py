@@ -164,7 +164,7 @@ MUTANTS = [
     ),
     mutant(
         "a coefficient of Newton-Schulz",
-        ("linalg/_newton_schulz.py", "1.875 * layout.eye(g) - 1.25 * g", "1.875 * layout.eye(g) - 1.2 * g"),
+        ("linalg/_newton_schulz.py", "0.375 * square - 0.5 * e", "0.375 * square - 0.45 * e"),
         by="tests/test_linalg.py::test_orthonormalize_is_polar_at_any_distance",
     ),
     mutant(

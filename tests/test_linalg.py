@@ -69,6 +69,18 @@ def test_orthonormalize_is_polar_at_any_distance(shape, dtype, spread):
     np.testing.assert_allclose(u, h.polar(a), atol=(1 + spread) * limit(dtype, shape))
 
 
+def test_orthonormalize_has_no_bias_in_large_matrices():
+    # Off-diagonal entries of 1e-4 beside ones: summed with them, they would all be rounded the same way.
+    rng = np.random.default_rng(0)
+    x = np.linalg.qr(rng.standard_normal((512, 256)))[0]
+    v = 0.002 * rng.standard_normal(x.shape)
+    u = orthonormalize(jnp.asarray(x + v, jnp.float32), jnp.asarray(x, jnp.float32))
+    u = np.asarray(u, np.float64)
+    residual = u.T @ u - np.eye(256)
+    assert abs(residual).max() < 1e-6
+    assert abs(np.diag(residual).mean()) < 1e-7
+
+
 def test_orthonormalize_falls_back_one_by_one():
     """What has no polar factor becomes the fallback, and its neighbours in the batch do not notice."""
     rng = np.random.default_rng(2)
