@@ -143,6 +143,20 @@ def test_zeta_off_clipped_and_on_differ_where_groups_are_long():
     assert moved("on", 0.1) == pytest.approx(1 / (2 + r), rel=0.01)
 
 
+@pytest.mark.usefixtures("lenient_promotion")
+def test_late_normalization_bounds_the_step_and_not_the_gradient():
+    """Of a gradient that stays the same, momentum sums the normalized parts; a late ζ bounds every step by R/ζ."""
+
+    def moved(zeta, steps, momentum=0.9):
+        config = options(scheme="pi:sp", pooling="layer", zeta=zeta, momentum=momentum)
+        before, after = trained(config, gradients(1, 0.1) * steps)
+        return float(jnp.linalg.norm(after["conv"]["kernel"] - before["conv"]["kernel"])) / 0.1
+
+    assert moved("late", 2, 0.0) == pytest.approx(moved("on", 2, 0.0), rel=1e-9)
+    assert moved("late", 4) < 4 * (np.sqrt(2) - 1)
+    assert moved("on", 4) > moved("late", 4) * 1.2
+
+
 def test_groups_are_clipped_and_nothing_else():
     plan = fg.plan(SHAPES, [("conv/kernel", fg.PIO([fg.Sphere(), fg.Stiefel()])), ("*", None)], seed=3)
     (given,) = gradients(1, 0.5)

@@ -67,6 +67,14 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
                 ),
                 "",
             ]
+    changed = [(row, row.split("~")[0]) for row in rows if row.split("~")[0] in rows and "~" in row]
+    if changed:
+        lines += [
+            "## What one option changes: test error less that of the row without it",
+            "",
+            *_table(["row", "difference", "interval", "p"], (_against(trainings, *pair) for pair in changed)),
+            "",
+        ]
     grid = [row for row in rows if len(comparison["lrs"]) > 1]
     if grid:
         lines += [

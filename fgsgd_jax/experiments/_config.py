@@ -45,9 +45,9 @@ class TrainConfig:
     """ρ of eq. 5."""
     curvature: float = 0.0
     """c of eq. 5, a bound on the curvature."""
-    zeta: Literal["on", "off", "clip"] = "on"
-    """Line 6 of Algorithm 1: divide each group's gradient by ζ, leave it, or clip it at the norm where ζ begins to act
-    (at c = 0)."""
+    zeta: Literal["on", "late", "off", "clip"] = "on"
+    """Line 6 of Algorithm 1: divide each group's gradient by ζ; its momentum instead; neither; or clip the gradient at
+    the norm where ζ begins to act (at c = 0)."""
     pooling: Pooling = "scheme"
     """The groups of ζ: the scheme's, layer, slice, or pi, po, pio in three, whatever their manifolds."""
     clip: Annotated[float | None, tyro.conf.arg(metavar="NORM")] = None

@@ -59,20 +59,18 @@ def _constrained(
             curvature=config.curvature,
             **features,
         )
-    # The same step with line 6 of its own: between the projection of gradients and that of the momentum.
-    inner = optax.chain(
-        _line_6(config, plan),
-        optax.add_decayed_weights(config.weight_decay, mask=plan.mask),
-        optax.sgd(rate, momentum=config.momentum),
-    )
-    return fg.on_manifolds(inner, plan, **features)
+    # The same step with line 6 of its own: between the projection of gradients and that of the momentum, or behind it.
+    line_6, decay = _line_6(config, plan), optax.add_decayed_weights(config.weight_decay, mask=plan.mask)
+    momentum = optax.trace(config.momentum)
+    links = (decay, momentum, line_6) if config.zeta == "late" else (line_6, decay, momentum)
+    return fg.on_manifolds(optax.chain(*links, optax.scale_by_learning_rate(rate)), plan, **features)
 
 
 def _line_6(config: TrainConfig, plan: fg.Plan) -> optax.GradientTransformation:
     if config.zeta == "off":
         return optax.identity()
     groups = pooled(plan, config.pooling)
-    if config.zeta == "on":
+    if config.zeta in ("on", "late"):
         return fg.normalize_by_zeta(groups, config.rho, config.curvature)
     # Where ζ of flat space leaves 1: R (2ρ + R) = 1.
     return clip_groups(groups, 1 / (config.rho + math.sqrt(1 + config.rho**2)))
