@@ -1,97 +1,103 @@
-"""Projection and retraction by shape, beside the floor and beside what one writes by hand.
+"""Projection and retraction by shape, beside other libraries and beside the floor.
 
-For every batch of matrices: `fgsgd_jax`, the projection and default retraction of one manifold; `products`, the four
-n·p² products that a Stiefel step consists of and nothing else; `copy`, one fused read, modification and write of the
-same arrays; `qr`, the projection and `jnp.linalg.qr` with its signs fixed, as one writes it by hand. Prints a table and
-writes JSON.
+The steps are of length 0.1 in the spectral norm (of one column for spheres), the largest that a group takes at a
+learning rate of 0.1 after normalization by ζ. `copy` is one fused read, modification and write of the same arrays;
+`products` are the four n·p² products of a Stiefel step alone.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-import argparse
-import json
-from pathlib import Path
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import machine, medians, ratio, side_by_side
+from peers import Step, steps, violation
+from record import Record
+from timing import medians, ratio, side_by_side
 
 import fgsgd_jax as fg
 
 CASES = {
-    "A: 64 × St(64, 16)": (fg.Stiefel(), (64, 64, 16)),
-    "B: St(512, 128)": (fg.Stiefel(), (1, 512, 128)),
-    "C: St(1024, 256)": (fg.Stiefel(), (1, 1024, 256)),
-    "D: 4096 × St(9, 3)": (fg.Stiefel(), (4096, 9, 3)),
-    "E: 4096 × St(3, 3)": (fg.Stiefel(), (4096, 3, 3)),
-    "4096 spheres of 576": (fg.Sphere(), (4096, 576, 1)),
-    "Oblique 576 × 512": (fg.Oblique(), (1, 576, 512)),
+    "64 × St(64, 16)": (fg.Stiefel(), (64, 64, 16)),
+    "St(512, 128)": (fg.Stiefel(), (1, 512, 128)),
+    "St(1024, 256)": (fg.Stiefel(), (1, 1024, 256)),
+    "4,096 × St(9, 3)": (fg.Stiefel(), (4096, 9, 3)),
+    "4,096 × St(3, 3)": (fg.Stiefel(), (4096, 3, 3)),
+    "190,976 × St(3, 3)": (fg.Stiefel(), (190_976, 3, 3)),
+    "4,096 × Sp(576)": (fg.Sphere(), (4096, 576, 1)),
+    "Ob(576, 512)": (fg.Oblique(), (1, 576, 512)),
 }
-RATE = 0.01
+# The slices of a ResNet-110, which quick runs leave to the others.
+LONG = ("190,976 × St(3, 3)",)
+LENGTH = 0.1
+# Quick runs leave the slower peers to the others.
+BRIEF = ("fgsgd_jax", "copy", "products", "jnp.linalg.qr", "normalized by hand", "geoopt", "riemannax")
+# Every violation is after steps in so many directions.
+DIRECTIONS = 4
 
 
-def step(manifold, x, g):
-    return manifold.retract(x, -RATE * manifold.project(x, g))
+def measure(record: Record, cases=None) -> None:
+    """A row for every step of every case: times, ratios to ours, and the violation after many steps."""
+    cases = CASES if cases is None else cases
+    repeats, seconds, count, patience = (9, 0.4, 50, 0.1) if record.quick else (51, 5.0, 1000, 1.2)
+    if cases is CASES:
+        why = "a quick run" if record.quick else "4,096 of them show it"
+        record.left_out("all" if record.quick else LONG[0], "Muon's iteration, geojax, pymanopt", why)
+    for case, (manifold, shape) in cases.items():
+        if record.quick and case in LONG:
+            record.left_out(case, "all", "a quick run")
+        elif record.has_time(case) and record.has_memory(case, 40.0 * np.prod(shape)):
+            with record.case(case):
+                _measure(record, case, manifold, shape, repeats, seconds, count, patience)
 
 
-def by_hand(x, g):
-    with jax.default_matmul_precision("highest"):
-        a = jnp.swapaxes(x, -1, -2) @ g
-        q, r = jnp.linalg.qr(x - RATE * (g - x @ ((a + jnp.swapaxes(a, -1, -2)) / 2)))
-        return q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
-
-
-def products(x, g):
-    """As many products of the same sizes as a projection and one step of the iteration have."""
-    with jax.default_matmul_precision("highest"):
-        v = x @ (jnp.swapaxes(x, -1, -2) @ g)
-        return v @ (jnp.swapaxes(v, -1, -2) @ v)
-
-
-def copy(x, g):
-    return x + RATE * g
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/kernels.json"))
-    options = parser.parse_args()
-    found = {}
-    print(
-        f"{'ms, median':24}{'fgsgd_jax':>10}{'qr':>10}{'products':>10}{'copy':>10}   qr/ours  ours/products  ours/copy"
+def _measure(record, case, manifold, shape, repeats, seconds, count, patience):
+    x, gs = _arguments(manifold, shape)
+    made: dict[str, Step] = {}
+    for name, make in steps(manifold, shape):
+        if (record.quick or case in LONG) and name not in BRIEF:
+            continue
+        try:
+            made[name] = make()
+            jax.block_until_ready(made[name].run(made[name].give(x), made[name].give(gs[0])))
+        except Exception as error:
+            record.left_out(case, name, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}")
+    given = {name: (step.give(x), step.give(gs[0])) for name, step in made.items()}
+    found = side_by_side(
+        {name: lambda step=step, own=given[name]: step.run(*own) for name, step in made.items()}, repeats, seconds
     )
-    for name, (manifold, shape) in CASES.items():
-        x = manifold.random_point(jax.random.key(0), shape, jnp.float32)
-        g = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-        functions = {"fgsgd_jax": lambda x, g, manifold=manifold: step(manifold, x, g), "copy": copy}
-        if isinstance(manifold, fg.Stiefel):
-            functions |= {"qr": by_hand, "products": products}
-        compiled = {key: jax.jit(function).lower(x, g).compile() for key, function in functions.items()}
-        seconds = side_by_side(
-            {key: lambda program=program, x=x, g=g: program(x, g) for key, program in compiled.items()}, options.repeats
-        )
-        after = x
-        for _ in range(1000):
-            after = compiled["fgsgd_jax"](after, g)
-        violation = float(jnp.max(manifold.violation(after)))
-        ratios = {other: ratio(seconds, "fgsgd_jax", other) for other in functions if other != "fgsgd_jax"}
-        found[name] = {"seconds": seconds, "ours over": ratios, "violation after 1000 steps": violation}
-        times = medians(seconds)
-        cells = "".join(
-            f"{1e3 * times[key]:10.3f}" if key in times else f"{'—':>10}"
-            for key in ("fgsgd_jax", "qr", "products", "copy")
-        )
-        shown = [
-            f"{1 / ratios['qr']:.2f}" if "qr" in ratios else "—",
-            *(f"{ratios[key]:.2f}" if key in ratios else "—" for key in ("products", "copy")),
-        ]
-        print(f"{name:24}{cells}{shown[0]:>10}{shown[1]:>15}{shown[2]:>11}   {violation:.0e}", flush=True)
-    options.json.write_text(json.dumps(machine() | {"kernels": found}, indent=1) + "\n")
+    times = medians(found)
+    for name, step in made.items():
+        figures = {"median": times[name], "over ours": ratio(found, name, "fgsgd_jax"), "seconds": found[name]}
+        if not step.floor:
+            most = (8 * patience if name == "fgsgd_jax" else patience) / times[name]
+            figures |= _after(manifold, step, x, gs, int(max(3, min(count, most))))
+        record.row(case, name, step.packages, **figures)
 
 
-if __name__ == "__main__":
-    main()
+def _arguments(manifold, shape):
+    """A point, and gradients whose tangent parts are of the length of a step."""
+    rng = np.random.default_rng(0)
+    x = np.asarray(manifold.random_point(jax.random.key(0), shape, jnp.float32))
+    gs = []
+    for _ in range(DIRECTIONS):
+        g = rng.standard_normal(shape, np.float32)
+        v = np.asarray(manifold.project(jnp.asarray(x), jnp.asarray(g)))
+        if isinstance(manifold, fg.Oblique):
+            length = np.linalg.norm(v, axis=-2, keepdims=True)
+        elif isinstance(manifold, fg.Stiefel):
+            length = np.linalg.norm(v, 2, axis=(-2, -1), keepdims=True)
+        else:
+            length = np.linalg.norm(v, axis=(-2, -1), keepdims=True)
+        gs.append(LENGTH * g / length)
+    return x, gs
+
+
+def _after(manifold, step, x, gs, count):
+    """How far from the manifold so many steps lead."""
+    at, gs = step.give(x), [step.give(g) for g in gs]
+    start = time.perf_counter()
+    for index in range(count):
+        # Waited for: steps in a queue each take new memory.
+        at = jax.block_until_ready(step.run(at, gs[index % len(gs)]))
+    at = step.take(at)
+    return {"violation": violation(manifold, at), "steps": count, "seconds of steps": time.perf_counter() - start}

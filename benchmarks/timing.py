@@ -1,5 +1,6 @@
 """How the benchmarks measure: programs side by side in one run, so that what else the machine does falls on all."""
 
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -10,10 +11,18 @@ from typing import Any
 import jax
 
 
-def side_by_side(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every repeat of every program. They take turns; a first turn, in which caches fill, does not count."""
+def side_by_side(
+    programs: Mapping[str, Callable[[], Any]], repeats: int, at_most: float = float("inf")
+) -> dict[str, list[float]]:
+    """Seconds of every repeat of every program. They take turns; a first turn, in which caches fill, does not count.
+
+    After `at_most` seconds no further turn begins, but every program has been measured once.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
+    begun = time.perf_counter()
     for turn in range(repeats + 1):
+        if turn > 1 and time.perf_counter() - begun > at_most:
+            break
         for name, program in programs.items():
             start = time.perf_counter()
             jax.block_until_ready(program())
@@ -31,6 +40,21 @@ def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
 
 
+def pin(cores: int | None) -> None:
+    """Let this process run on so many of its cores only. To be called before JAX starts its threads."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+
+
+def cores() -> int:
+    """On how many cores this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
     device = jax.devices()[0]
@@ -38,7 +62,18 @@ def machine() -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "machine": platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
+        "cores used": cores(),
         "threads": {name: os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "NPROC")},
         "jax": jax.__version__,
     }
+
+
+def _processor() -> str:
+    """What Linux calls it; elsewhere the architecture is all there is."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
