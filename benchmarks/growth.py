@@ -30,6 +30,11 @@ def measure(record: Record, layers=None, slice_counts=None, sizes=None) -> None:
         if record.has_time(f"{count} layers"):
             with record.case(f"{count} layers"):
                 _update(record, f"{count} layers", "layers", count, shapes, repeats, seconds)
+    for size in usual[2] if sizes is None else sizes:
+        case = f"St({size}, {size})"
+        if record.has_time(case) and record.has_memory(case, 12 * 4.0 * size**2):
+            with record.case(case):
+                _matrix(record, case, size, repeats, seconds)
     for count in usual[1] if slice_counts is None else slice_counts:
         side = round(count**0.5)
         case = f"{side**2} slices"
@@ -37,11 +42,6 @@ def measure(record: Record, layers=None, slice_counts=None, sizes=None) -> None:
         if record.has_time(case) and record.has_memory(case, 20 * 36.0 * count):
             with record.case(case):
                 _update(record, case, "slices", side**2, {"layer": (3, 3, side, side)}, repeats, seconds)
-    for size in usual[2] if sizes is None else sizes:
-        case = f"St({size}, {size})"
-        if record.has_time(case) and record.has_memory(case, 12 * 4.0 * size**2):
-            with record.case(case):
-                _matrix(record, case, size, repeats, seconds)
 
 
 def _update(record, case, axis, count, shapes, repeats, seconds):

@@ -181,7 +181,7 @@ class Target:
 
     def line(self, results: Results) -> list[str]:
         found = self.found(results)
-        wanted = f"{'≥' if self.at_least else '≤'} {number(self.limit, 2)}"
+        wanted = f"{'≥' if self.at_least else '≤'} {number(self.limit)}"
         if found is None:
             return [self.what, wanted, "—", "not measured"]
         met = found >= self.limit if self.at_least else found <= self.limit
