@@ -11,7 +11,7 @@ LIBRARY := $(patsubst %,tests/test_%.py,bounds_conv bounds_generalization bounds
 	linalg manifolds manifolds_pymanopt mixture readme riemannian_adam transforms)
 OLDEST := jax==0.8.1 optax==0.2.5 einops==0.8 jaxtyping==0.3 flax==0.12.1
 
-.PHONY: demo test test-all mutants compat docs notebooks dist wheel oldest lint format clean
+.PHONY: demo test test-all mutants compat bench docs notebooks dist wheel oldest lint format clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,16 @@ mutants: $(VENV)/.ready  ## faults seeded in the numerical core, each of which a
 
 compat: $(VENV)/.ready  ## every optimizer in every wrapper, hours; writes docs/compatibility.md
 	$(BIN)/python tests/compat.py --product
+
+# Other libraries bring their own requirements: they get an environment to themselves.
+$(VENV)-bench/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-bench/bin/python -m pip install --quiet --editable ".[experiments]" --group bench
+	touch $@
+
+bench: $(VENV)-bench/.ready  ## beside other libraries, under 15 minutes; with QUICK=1 under two
+	$(VENV)-bench/bin/python benchmarks/bench.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 docs: $(VENV)/.ready  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -68,4 +78,4 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest dist build runs site
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest $(VENV)-bench dist build runs site
