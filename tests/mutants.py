@@ -44,8 +44,8 @@ MUTANTS = [
         "sign of the sphere's projection",
         (
             "manifolds/_sphere.py",
-            "return g - jnp.sum(x * g, axis=axes, keepdims=True) * x",
-            "return g + jnp.sum(x * g, axis=axes, keepdims=True) * x",
+            "return g - total(x * g, axes) * x",
+            "return g + total(x * g, axes) * x",
         ),
         by=TANGENT,
     ),
