@@ -103,7 +103,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     """The rows' training error over the epochs, and the test error of each seed."""
     comparison, trainings = found["comparison"], _asked(found)
     rows = [row for row in comparison["rows"] if _tests(trainings, row)]
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    # A line of the legend, and one of the test errors, for every row.
+    figure = Figure(figsize=(13, max(4.5, 1 + 0.25 * len(rows))), layout="constrained")
     FigureCanvasAgg(figure)
     epochs, tests = figure.subplots(1, 2)
     for number, row in enumerate(rows):
@@ -112,19 +113,18 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         axis = range(1, errors.shape[1] + 1)
         epochs.plot(axis, np.mean(errors, axis=0), style, color=colour, label=row)
         tested = np.array(_numbers(t["error"] for t in _tests(trainings, row)))
-        tests.plot(np.full(len(tested), number), tested, "o", color=colour, alpha=0.5)
-        tests.plot([number - 0.3, number + 0.3], [tested.mean()] * 2, color=colour, linewidth=2)
+        tests.plot(tested, np.full(len(tested), number), "o", color=colour, alpha=0.4)
+        tests.plot([tested.mean()] * 2, [number - 0.4, number + 0.4], color=colour, linewidth=3)
     epochs.set(xlabel="epoch", ylabel="%", title="Training error, mean over the seeds")
     epochs.set_yscale("symlog", linthresh=1)
     epochs.set_ylim(0, 100)
     epochs.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])
     epochs.yaxis.set_major_formatter("{x:g}")
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
-    epochs.legend(fontsize="small")
-    tests.set(ylabel="%", title="Test error: every seed, and the mean")
-    tests.set_xticks(
-        range(len(rows)), rows, rotation=45 if len(rows) > 5 else 0, ha="right" if len(rows) > 5 else "center"
-    )
+    figure.legend(loc="outside right center", fontsize="small")
+    tests.set(xlabel="%", title="Test error: every seed, and the mean")
+    tests.set_yticks(range(len(rows)), rows)
+    tests.invert_yaxis()
     for axes in (epochs, tests):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
