@@ -32,8 +32,8 @@ test-all: $(VENV)/.ready  ## every test
 mutants: $(VENV)/.ready  ## faults seeded in the numerical core, each of which a test must catch; ten minutes
 	$(BIN)/python tests/mutants.py
 
-compat: $(VENV)/.ready  ## every optimizer in every wrapper, hours; writes docs/compatibility.md
-	$(BIN)/python tests/compat.py --product
+compat: $(VENV)/.ready  ## every optimizer in every wrapper, hours, goes on where it was; writes docs/compatibility.md
+	$(BIN)/python tests/compat.py
 
 # Other libraries bring their own requirements: they get an environment to themselves.
 $(VENV)-bench/.ready: pyproject.toml

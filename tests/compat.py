@@ -1,16 +1,16 @@
 """Which optimizers and wrappers of Optax run on manifolds: what is tried, and the table of what was found.
 
-`python tests/compat.py` runs every optimizer alone and every wrapper with one of four, and writes
-docs/compatibility.md; `--product` (`make compat`) runs every optimizer in every wrapper, in both dtypes. test_compat.py
-has the same functions for cases.
+`python tests/compat.py` (`make compat`) runs every optimizer alone and in every wrapper, in both dtypes, and writes
+docs/compatibility.md. What was found is kept in benchmarks/results/compat.json as it goes; interrupted, it goes on from
+there. test_compat.py runs a part of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import itertools
+import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +23,7 @@ from optax import contrib
 import fgsgd_jax as fg
 
 DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "compatibility.md"
+FOUND = pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "compat.json"
 STEPS, LIMIT = 50, 1e-6
 
 SCHEMES = {
@@ -167,17 +168,17 @@ FEASIBLE, REFUSED, LEAVES = "yes", "refused", "leaves the manifolds"
 class Problem:
     """A quadratic over one kernel for each scheme and a bias."""
 
-    def __init__(self, schemes: tuple[str, ...] = tuple(SCHEMES)):
+    def __init__(self, schemes: tuple[str, ...] = tuple(SCHEMES), constraining: bool = True):
         shapes = {**dict.fromkeys(schemes, (3, 3, 2, 4)), "bias": (4,)}
         params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
         keys = jax.random.split(jax.random.key(0), len(shapes))
         self.goal = {path: jax.random.normal(key, x.shape) for key, (path, x) in zip(keys, params.items(), strict=True)}
         self.plan = fg.plan(params, [*((name, SCHEMES[name]) for name in schemes), ("*", None)])
         self.params = fg.initialize(jax.random.key(1), params, self.plan)
-        self.schemes = schemes
+        self.schemes, self.constraining = schemes, constraining
 
     def on(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        return fg.on_manifolds(tx, self.plan)
+        return fg.on_manifolds(tx, self.plan) if self.constraining else tx
 
     def constrained(self) -> Any:
         return jax.tree.map(lambda free: not free, self.plan.mask())
@@ -185,43 +186,45 @@ class Problem:
     def first(self) -> Any:
         return {path: path == self.schemes[0] for path in self.params}
 
-    def loss(self, params: Any, dtype: str = "float32") -> Any:
-        # The weights that the model sees are rounded to `dtype`; those that the optimizer has are the master copy.
-        squares = [jnp.square(x.astype(dtype) - self.goal[path].astype(dtype)) for path, x in params.items()]
-        return sum(jnp.sum(square.astype(jnp.float32)) for square in squares) / 2
+    def loss(self, params: Any, dtype: Any = 0) -> Any:
+        """The loss with weights as the model sees them, rounded to DTYPES[dtype]; the optimizer has the master copy."""
+
+        def rounded(dtype: str) -> Any:
+            squares = [jnp.square(x.astype(dtype) - self.goal[path].astype(dtype)) for path, x in params.items()]
+            return sum(jnp.sum(square.astype(jnp.float32)) for square in squares) / 2
+
+        # Both, so that one program serves both.
+        return jax.lax.select_n(jnp.asarray(dtype), *(rounded(name) for name in DTYPES))
 
 
 @functools.cache
-def problem(schemes: tuple[str, ...] = tuple(SCHEMES)) -> Problem:
-    return Problem(schemes)
+def problem(schemes: tuple[str, ...] = tuple(SCHEMES), constraining: bool = True) -> Problem:
+    return Problem(schemes, constraining)
 
 
-def outcome(
+def outcomes(
     make: Callable[[Problem], optax.GradientTransformation],
     p: Problem,
-    dtype: str = "float32",
+    dtypes: tuple[str, ...],
     put: Callable[[Any], Any] = lambda params: params,
     get: Callable[[Any], Any] = lambda params: params,
     options: tuple[str, ...] = ("value", "grad", "value_fn"),
     examples: tuple[int, ...] = (),
-) -> dict[str, str]:
-    """For each scheme whether its kernel is feasible after 50 steps, refused, or off its manifold."""
+) -> dict[str, dict[str, str]]:
+    """By dtype, for each scheme whether its kernel is feasible after 50 steps, refused, or off its manifold."""
 
-    def step(params: Any, state: Any) -> Any:
-        value, grads = jax.value_and_grad(p.loss)(get(params), dtype)
-        known = {"value": value, "grad": grads, "value_fn": p.loss, "obj_fn": p.loss}
+    def step(params: Any, state: Any, dtype: Any) -> Any:
+        loss = functools.partial(p.loss, dtype=dtype)
+        value, grads = jax.value_and_grad(loss)(get(params))
+        known = {"value": value, "grad": grads, "value_fn": loss, "obj_fn": loss}
         grads = jax.tree.map(lambda g: jnp.broadcast_to(g, (*examples, *g.shape)), grads)
         updates, state = tx.update(grads, state, params, **{name: known[name] for name in options})
         return optax.apply_updates(params, updates), state
 
-    refusals = (ValueError, TypeError)
-    try:
-        tx = optax.with_extra_args_support(make(p))
-        start = put(p.params)
-        init = state = tx.init(start)
-        params, compiled = start, jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+    def outcome(dtype: int) -> dict[str, str]:
+        params, state = start, init
         for _ in range(STEPS):
-            params, state = compiled(params, state)
+            params, state = compiled(params, state, dtype)
         params = get(params)
         assert any(jnp.any(params[path] != p.params[path]) for path in params), "nothing moved"
         found = {path: float(value) for path, value in fg.violation(params, p.plan).items()}
@@ -229,36 +232,58 @@ def outcome(
             # Outside jit the weights can be looked at, and what takes them off the manifolds is refused.
             params, state = start, init
             for _ in range(UNCOMPILED):
-                params, state = step(params, state)
-    except refusals as error:
+                params, state = step(params, state, dtype)
+        return {name: FEASIBLE if found[name] <= LIMIT else LEAVES for name in p.schemes}
+
+    def build() -> tuple[Any, Any, Any]:
+        tx, start = optax.with_extra_args_support(make(p)), put(p.params)
+        return tx, start, tx.init(start)
+
+    refused = dict.fromkeys(p.schemes, REFUSED)
+    built = unless_refused(build)
+    if built is None:
+        return dict.fromkeys(dtypes, refused)
+    tx, start, init = built
+    compiled = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+    return {dtype: unless_refused(outcome, DTYPES.index(dtype)) or refused for dtype in dtypes}
+
+
+def unless_refused(call: Callable[..., Any], *args: Any) -> Any:
+    """The result of a call; None where the library refuses it, with a remedy."""
+    try:
+        return call(*args)
+    except (ValueError, TypeError) as error:
         if "fg.on_manifolds" not in str(error):
             raise
-        return dict.fromkeys(p.schemes, REFUSED)
-    return {name: FEASIBLE if found[name] <= LIMIT else LEAVES for name in p.schemes}
+        return None
 
 
 # Lookahead and reduce_on_plateau need a few steps to show what they do.
 UNCOMPILED = 8
 
 
-def of_optimizer(name: str, dtype: str = "float32", schemes: tuple[str, ...] = tuple(SCHEMES)) -> dict[str, str]:
-    """`outcome` of an optimizer inside fg.on_manifolds."""
+def of_optimizer(
+    name: str, dtypes: tuple[str, ...] = DTYPES, schemes: tuple[str, ...] = tuple(SCHEMES)
+) -> dict[str, dict[str, str]]:
+    """`outcomes` of an optimizer inside fg.on_manifolds."""
     p, make = problem(schemes), OPTIMIZERS[name]
     # One gradient for every example, as it asks for.
     options = {"examples": (3,)} if name == "contrib.dpsgd" else {}
     if name == "contrib.sophia":
         options["options"] = ("obj_fn",)
-    return outcome(lambda p: p.on(make(RATES.get(name, RATE))), p, dtype, **options)
+    return outcomes(lambda p: p.on(make(RATES.get(name, RATE))), p, dtypes, **options)
 
 
-def of_wrapper(name: str, place: str, optimizer: str, dtype: str = "float32") -> dict[str, str]:
-    """`outcome` of a wrapper around fg.on_manifolds, or inside it around the optimizer."""
+def of_wrapper(
+    name: str, place: str, optimizer: str, dtypes: tuple[str, ...] = DTYPES, constraining: bool = True
+) -> dict[str, dict[str, str]]:
+    """`outcomes` of a wrapper around fg.on_manifolds, or inside it around the optimizer."""
     wrapper, make = WRAPPERS[name], OPTIMIZERS[optimizer]
     wrap = wrapper.around if place == AROUND else wrapper.inside
-    return outcome(
+    return outcomes(
         lambda p: wrap(make, p),
-        problem(),
-        dtype,
+        problem(constraining=constraining),
+        dtypes,
         *((wrapper.put, wrapper.get) if place == AROUND else ()),
         options=()
         if name in NO_EXTRA
@@ -280,8 +305,8 @@ def together(found: list[str]) -> str:
 
 HEAD = """# What runs on manifolds
 
-Generated by `tests/compat.py` (`make compat`), and checked by the tests: not written by hand. *yes* is feasible to 1e-6
-after 50 steps of float32 weights, which the model sees as they are or rounded to bfloat16.
+Generated by `make compat` from `benchmarks/results/compat.json`, and checked by the tests: not written by hand. *yes*
+is feasible to 1e-6 after 50 steps of float32 weights, which the model sees as they are and rounded to bfloat16.
 *refused* is an error that names the remedy; where it takes a look at the weights, it is one of steps that are not
 compiled, and inside jit `fg.violation` tells. Inside
 means `fg.on_manifolds(wrapper(optimizer), plan)`. *leaves the manifolds* is no error, anywhere: see the remedy.
@@ -311,41 +336,87 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def write(product: bool) -> None:
+NO_WRAPPER = "none"
+
+
+def runs() -> list[tuple[str, str]]:
+    """Wrapper with its place, and optimizer; those of four first."""
+    names = sorted(OPTIMIZERS, key=lambda name: (name not in FOUR, name))
+    usual = [name for name in names if name not in REMEDIES]
+    alone = [(NO_WRAPPER, name) for name in names]
+    return alone + [(f"{place} {name}", other) for other in usual for name in WRAPPERS for place in (AROUND, WITHIN)]
+
+
+def run(wrapper: str, optimizer: str) -> dict[str, dict[str, str]] | str:
+    """What is found; or why Optax itself, without manifolds, does not put this optimizer into this wrapper."""
+    if wrapper == NO_WRAPPER:
+        return of_optimizer(optimizer)
+    place, name = wrapper.split(" ", 1)
+    try:
+        return of_wrapper(name, place, optimizer)
+    except Exception as error:
+        try:
+            of_wrapper(name, place, optimizer, constraining=False)
+        except type(error) as theirs:
+            return f"{type(theirs).__name__}: {str(theirs).splitlines()[0][:100]}"
+        raise
+
+
+def find(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What is found by every run that `path` does not have, and what it has."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    versions = {"jax": jax.__version__, "optax": optax.__version__}
+    if known.setdefault("versions", versions) != versions:
+        raise SystemExit(f"{path} was found with {known['versions']}, these are {versions}: delete it to start again")
+    for number, (wrapper, optimizer) in enumerate(runs(), start=1):
+        row = known.setdefault(wrapper, {})
+        if optimizer not in row:
+            row[optimizer] = run(wrapper, optimizer)
+            print(f"{number} of {len(runs())}: {optimizer}, {wrapper}: {row[optimizer]}", flush=True)
+            if number % 100 == 0:
+                # Thousands of programs would fill the memory.
+                jax.clear_caches()
+            path.with_suffix(".new").write_text(json.dumps(known, indent=1) + "\n")
+            os.replace(path.with_suffix(".new"), path)
+    return known
+
+
+def document(known: dict[str, dict[str, Any]]) -> str:
+    """The page, of what was found so far."""
+    done = [(wrapper, other, known[wrapper][other]) for wrapper, other in runs() if other in known.get(wrapper, {})]
     optimizers = []
     for name in sorted(OPTIMIZERS):
-        found = [of_optimizer(name, dtype) for dtype in (DTYPES if product else DTYPES[:1])]
-        cells = [together([by_scheme[scheme] for by_scheme in found]) for scheme in SCHEMES]
+        cells = [together([by_scheme[scheme] for by_scheme in known[NO_WRAPPER][name].values()]) for scheme in SCHEMES]
         optimizers.append([name, *cells, REMEDIES.get(name, "")])
-        print(*optimizers[-1], flush=True)
-    wrappers, usual = [], [name for name in sorted(OPTIMIZERS) if name not in REMEDIES]
-    for number, (name, wrapper) in enumerate(WRAPPERS.items()):
+    wrappers = []
+    for name, wrapper in WRAPPERS.items():
         cells = []
         for place in (AROUND, WITHIN):
-            runs = list(itertools.product(usual, DTYPES)) if product else [(FOUR[number % 4], DTYPES[number // 4 % 2])]
-            found = []
-            for run in runs:
-                try:
-                    found.extend(of_wrapper(name, place, *run).values())
-                except Exception as error:
-                    # Optax does not put every optimizer in every wrapper, with or without manifolds.
-                    if run[0] in FOUR:
-                        raise
-                    print("Optax itself refuses", run[0], "in", name, error, flush=True)
-            cells.append(together(found))
+            row = [found for key, _, found in done if key == f"{place} {name}" and not isinstance(found, str)]
+            every = [cell for by_dtype in row for by_scheme in by_dtype.values() for cell in by_scheme.values()]
+            cells.append(together(every))
         wrappers.append([name, *cells, wrapper.remedy])
-        print(*wrappers[-1], flush=True)
-    DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(
+    impossible: dict[tuple[str, str], list[str]] = {}
+    for wrapper, other, found in done:
+        if isinstance(found, str):
+            name = wrapper.split(" ", 1)[1]
+            others = impossible.setdefault((name, found), [])
+            others += [] if other in others else [other]
+    return (
         HEAD
-        + "## Optimizers: `fg.on_manifolds(optimizer, plan)`\n\n"
+        + f"{len(done)} of {len(runs())} runs of every optimizer in every wrapper were made, with "
+        + ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+        + ".\n\n## Optimizers: `fg.on_manifolds(optimizer, plan)`\n\n"
         + table(["optimizer", *SCHEMES, "remedy"], optimizers)
         + "\n## Wrappers: around `fg.on_manifolds(optimizer, plan)`, or inside it\n\n"
         + table(["wrapper", AROUND, WITHIN, "remedy"], wrappers)
+        + ("\n## What Optax itself does not run, with or without manifolds\n\n" if impossible else "")
+        + "".join(
+            f"- `{name}` with {', '.join(f'`{other}`' for other in others)}: `{said}`\n"
+            for (name, said), others in impossible.items()
+        )
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--product", action="store_true")
-    write(parser.parse_args().product)
+    DOCUMENT.write_text(document(find(FOUND)))
