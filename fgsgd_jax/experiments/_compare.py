@@ -41,8 +41,13 @@ class Comparison:
     held_out: float
 
     def to_dict(self) -> Record:
-        """As JSON reads it."""
-        return dataclasses.asdict(self) | {"rows": list(self.rows), "lrs": list(self.lrs)}
+        """As JSON reads it, of a folder of images its name: the path is of one machine."""
+        base = dataclasses.replace(self.base, data=Path(self.base.data).name)
+        return dataclasses.asdict(self) | {
+            "base": dataclasses.asdict(base),
+            "rows": list(self.rows),
+            "lrs": list(self.lrs),
+        }
 
 
 def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) -> list[Record]:
@@ -117,7 +122,8 @@ def _shared(comparison: Record) -> Record:
     defaults.
     """
     shared = {name: value for name, value in comparison.items() if name not in ("rows", "seeds")}
-    return shared | {"base": TrainConfig.from_dict(shared["base"])}
+    base = TrainConfig.from_dict(shared["base"])
+    return shared | {"base": dataclasses.replace(base, data=Path(base.data).name)}
 
 
 def _write(path: Path, found: Record) -> None:
