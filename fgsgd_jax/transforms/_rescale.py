@@ -30,6 +30,9 @@ def rescale(
     `fg.nnx.moments` or `fg.linen.observe`) cover what was seen since the last applied update. A matrix whose channels
     had no features, or constant ones, keeps its scale and is counted in `fg.metrics`.
 
+    Updates are added to the weights. A matrix whose radius falls by a factor c keeps the round-off of what it was, c
+    times as much of it relative to the new radius, until the next step brings it back.
+
     Args:
       plan: the plan of the parameters.
       every: applied updates in an epoch: after so many, ℜ changes. None: not after the warm-up.
