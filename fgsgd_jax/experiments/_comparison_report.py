@@ -155,7 +155,8 @@ def _against(trainings: list[Any], row: str, reference: str) -> list[str]:
     x, y = (np.array([errors[seed] for seed in seeds]) for errors in (mine, others))
     found = paired_difference(x, y)
     interval = "—" if math.isnan(found.lower) else f"{found.lower:+.2f} to {found.upper:+.2f}"
-    return [row, f"{found.mean:+.2f}", interval, "—" if math.isnan(found.p) else f"{found.p:.3f}"]
+    p = "—" if math.isnan(found.p) else "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
+    return [row, f"{found.mean:+.2f}", interval, p]
 
 
 def _asked(found: Mapping[str, Any]) -> list[Any]:
