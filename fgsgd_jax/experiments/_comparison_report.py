@@ -117,8 +117,10 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         tests.plot([tested.mean()] * 2, [number - 0.4, number + 0.4], color=colour, linewidth=3)
     epochs.set(xlabel="epoch", ylabel="%", title="Training error, mean over the seeds")
     epochs.set_yscale("symlog", linthresh=1)
-    epochs.set_ylim(0, 100)
-    epochs.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])
+    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    epochs.set_yticks(ticks)
+    # Of 0 to 100 %, what the rows reach; all of it where they fit.
+    epochs.set_ylim(max(tick for tick in ticks if tick <= min(line.get_ydata().min() for line in epochs.lines)), 100)
     epochs.yaxis.set_major_formatter("{x:g}")
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right center", fontsize="small")
