@@ -136,7 +136,7 @@ def fgsgd(
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
         points = constrained_leaves(params, plan, "parameters", "fg.fgsgd")
-        check_still_on_manifold(params, plan, "fg.fgsgd", state.radii)
+        check_still_on_manifold(params, plan, "fg.fgsgd", state.scale)
         gradients = constrained_leaves(updates, plan, "updates", "fg.fgsgd")
         own, gradients = held(state._replace(inner=None), gradients, plan)
         whole = constrained(plan, points)

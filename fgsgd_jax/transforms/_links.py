@@ -1,7 +1,7 @@
 """What the links of the chain share: finding the constrained weights in a tree, as stacked matrices."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,11 @@ from jaxtyping import Array
 
 from ..groups import Batch, Plan, Stacked, by_path, violation
 from ..manifolds import Mixture
+from ._scale import ScaleState
 
-# A forgotten `initialize` violates by about 1; rounding to bfloat16 by a few of its eps.
-_OFF_MANIFOLD = 1e-3
+# A forgotten `initialize` violates by about 1, half a displacement by its square, rounding to bfloat16 by a few of its
+# eps, float32 by 1e-6; but a radius that falls by a factor leaves that many times the rounding, for one step.
+_OFF_MANIFOLD, _OFF_AT_NEW_RADII = 1e-5, 1e-3
 
 
 def constrained_leaves(tree: Any, plan: Plan, role: str, link: str) -> dict[str, Array]:
@@ -75,7 +77,7 @@ def mixtures_of(joined: Sequence[Batch], kinds: Stacked, radii: Stacked) -> list
 
 def check_on_manifold(params: Any, plan: Plan, link: str, radii: str) -> None:
     """Raises if concrete parameters are off their manifolds; under jit nothing can be said."""
-    for path, found in _violations(params, plan, None if radii == "gamma" else "fitted").items():
+    for path, found in _violations(params, plan, None if radii == "gamma" else "fitted", _OFF_MANIFOLD).items():
         collection = plan.collections[path]
         raise ValueError(
             f"{link}: {path} is off its manifolds ({', '.join(type(kind).__name__ for kind in collection.kinds)}; "
@@ -85,29 +87,31 @@ def check_on_manifold(params: Any, plan: Plan, link: str, radii: str) -> None:
         )
 
 
-def check_still_on_manifold(params: Any, plan: Plan, link: str, radii: Stacked) -> None:
+def check_still_on_manifold(params: Any, plan: Plan, link: str, scale: ScaleState) -> None:
     """Raises if concrete parameters have left their manifolds during the training."""
-    if any(isinstance(radius, Tracer) for radius in radii.values):
+    if any(isinstance(radius, Tracer) for radius in scale.radii.values):
         return
-    for path, found in _violations(params, plan, radii.by_path()).items():
+    limit = _OFF_MANIFOLD if scale.lambdas is None else _OFF_AT_NEW_RADII
+    for path, found in _violations(params, plan, scale.radii, limit).items():
         raise ValueError(
             f"{link}: {path} has left its manifolds by {found:.2g} since the last step: something around {link} "
             "changes its displacements, or the weights (optax.ema, apply_every, lookahead, reduce_on_plateau, "
-            "contrib.mechanize, contrib.schedule_free, averages). Put that inside, as in "
+            "conditionally_transform, contrib.mechanize, contrib.schedule_free, averages). Put that inside, as in "
             "fg.on_manifolds(optax.chain(optimizer, optax.ema(0.9)), plan), or bring the weights back with "
             "fg.nearest(params, plan, fg.radii(opt_state))"
         )
 
 
-def _violations(params: Any, plan: Plan, radii: Any) -> dict[str, float]:
-    """Of the parameters that are further off than rounding explains; of none where they cannot be looked at."""
+def _violations(params: Any, plan: Plan, radii: Stacked | Literal["fitted"] | None, limit: float) -> dict[str, float]:
+    """Of the parameters that are further off than `limit` and rounding; of none where they cannot be looked at."""
     leaves = by_path(params)
     if any(path not in leaves or isinstance(leaves[path], (Tracer, jax.ShapeDtypeStruct)) for path in plan):
         return {}
-    return {
-        path: float(found)
-        for path, found in violation(params, plan, radii).items()
-        # Inside `lax.cond` even what is made of known numbers is traced.
-        if not isinstance(found, Tracer)
-        and not float(found) <= max(_OFF_MANIFOLD, 16 * float(jnp.finfo(leaves[path].dtype).eps))
-    }
+    # Inside `lax.cond`, as of optax.conditionally_transform, even what is made of known numbers would be traced.
+    with jax.ensure_compile_time_eval():
+        own = radii.by_path() if isinstance(radii, Stacked) else radii
+        return {
+            path: float(found)
+            for path, found in violation(params, plan, own).items()
+            if not float(found) <= max(limit, 16 * float(jnp.finfo(leaves[path].dtype).eps))
+        }

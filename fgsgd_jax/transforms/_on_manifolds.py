@@ -91,7 +91,7 @@ def on_manifolds(
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         points = constrained_leaves(params, plan, "parameters", "fg.on_manifolds")
-        check_still_on_manifold(params, plan, "fg.on_manifolds", state.radii)
+        check_still_on_manifold(params, plan, "fg.on_manifolds", state.scale)
         leaves = constrained_leaves(updates, plan, "updates", "fg.on_manifolds")
         whole = constrained(plan, points)
         own, leaves = held(state._replace(inner=None), leaves, plan)
