@@ -163,6 +163,16 @@ MUTANTS = [
         by="tests/test_linalg.py::test_orthonormalize_is_polar_at_any_distance",
     ),
     mutant(
+        "order four too far from the identity",
+        ("linalg/_newton_schulz.py", "_ORDER_FOUR_BELOW = 0.05", "_ORDER_FOUR_BELOW = 0.5"),
+        by="tests/test_linalg.py::test_orthonormalize_is_polar_at_any_distance",
+    ),
+    mutant(
+        "a coefficient of order four",
+        ("linalg/_newton_schulz.py", "0.3125 * e)", "0.25 * e)"),
+        by="tests/test_linalg.py::test_orthonormalize_is_polar_at_any_distance",
+    ),
+    mutant(
         "a coefficient of Newton-Schulz",
         ("linalg/_newton_schulz.py", "0.375 * square - 0.5 * e", "0.375 * square - 0.45 * e"),
         by="tests/test_linalg.py::test_orthonormalize_is_polar_at_any_distance",

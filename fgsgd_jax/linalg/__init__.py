@@ -11,11 +11,11 @@ from ._expm import expm as expm
 from ._gram_iteration import gram_iteration as gram_iteration
 from ._largest import largest as largest
 from ._newton_schulz import (
+    FURTHEST as FURTHEST,
     deviation as deviation,
     inverse_root as inverse_root,
     iterate as iterate,
     orthonormalize as orthonormalize,
-    steps_for as steps_for,
 )
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import polar as polar

@@ -3,15 +3,18 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ._largest import largest
 from ._polar import polar_differential
 from ._products import Layout, layout_for
 
 # One quintic step maps the Gram's deviation e = ‖yᵀy - I‖ to 5/8 e³ (to leading order). So for float32 one step
-# is enough below the first bound, two below the second, three below the third; float64 takes one more.
+# is enough below the first bound, two below the second, three below the third; float64 takes one more. The polynomial
+# of order 4 maps it to 1/2 e⁵, for two p×p products where two steps take five: enough for float32 below its own bound.
 _STEPS_FOR_DEVIATION = (2.0**-7, 0.2, 0.7)
+_ORDER_FOUR_BELOW = 0.05
+FURTHEST = _STEPS_FOR_DEVIATION[-1]
 _MOST_ITERATIONS = 64
 
 
@@ -20,52 +23,51 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
     """Polar factor of `y`, n ≥ p, by Newton–Schulz steps on its Gram matrix.
 
     Near the manifold (singular values of `y` within about 0.5 of 1) it costs two n·p² products: the Gram and the
-    application of a polynomial in it, whose number of p×p steps is chosen from the measured deviation of
-    the whole batch. Because the Gram is that of `y` itself, errors of earlier calls are corrected, not
-    carried along. Anywhere else it iterates on scaled matrices until it converges. Matrices for which it
-    does not (rank-deficient, not finite) are replaced by `fallback`, and by the identity where that is nothing like a
-    point of the manifold either.
+    application of a polynomial in it, of an order that is chosen from the measured deviation of the whole batch.
+    Because the Gram is that of `y` itself, errors of earlier calls are corrected, not carried along. Anywhere else
+    it iterates on scaled matrices until it converges. Matrices for which it does not (rank-deficient, not finite)
+    are replaced by `fallback`, and by the identity where that is nothing like a point of the manifold either.
 
-    The number of steps is a decision at run time, inside jit; under `vmap` all branches run.
+    The order is a decision at run time, inside jit; under `vmap` all branches run.
     """
     layout = layout_for(y.shape)
     y, fallback = layout.take(y), layout.take(fallback)
     g = layout.gram(y, y)
-    near, steps = steps_for(deviation(g, layout))
+    furthest = largest(deviation(g, layout))
 
     def by_gram(y, g, fallback):
         del fallback
-        return layout.matmul(y, inverse_root(g, steps, layout))
+        return layout.matmul(y, inverse_root(g, furthest, layout))
 
     def by_iteration(y, g, fallback):
         del g
         return iterate(y, fallback, layout)
 
-    return layout.give(lax.cond(near, by_gram, by_iteration, y, g, fallback))
+    return layout.give(lax.cond(furthest <= FURTHEST, by_gram, by_iteration, y, g, fallback))
 
 
 def deviation(g: Array, layout: Layout) -> Array:
     """∞-norm of `g - I` of each matrix (axes of length 1): an upper bound of the spectral norm."""
-    sums = layout.sum(jnp.abs(g - layout.eye(g)), 1)
-    return layout.max(sums, 0)
+    return _infinity_norm(g - layout.eye(g), layout)
 
 
-def steps_for(deviations: Array) -> tuple[Array, Int[Array, ""]]:
-    """Whether `inverse_root` serves Grams with these deviations, and how many steps it needs."""
-    # A batch with one NaN takes the safe branch.
-    furthest = largest(deviations)
-    within = jnp.asarray([furthest <= bound for bound in _STEPS_FOR_DEVIATION])
-    more = 1 if deviations.dtype == jnp.float64 else 0
-    return within[-1], 1 + more + jnp.sum(~within, dtype=jnp.int32)
+def _infinity_norm(a: Array, layout: Layout) -> Array:
+    return layout.max(layout.sum(jnp.abs(a), 1), 0)
 
 
-def inverse_root(g: Array, steps: Int[Array, ""], layout: Layout) -> Array:
-    """`g^-½` by quintic steps among p×p matrices only, for `g` near the identity.
+def inverse_root(g: Array, furthest: Float[Array, ""], layout: Layout) -> Array:
+    """`g^-½` by products of p×p matrices only, as many as the largest `deviation` asks for, at most `FURTHEST`.
 
     Factors and Grams are held less the identity: terms of a product that are small beside its ones are lost from their
     sum, and all in one direction, which is 3e-6 of the diagonal at p = 256.
     """
     eye = layout.eye(g)
+    e = g - eye
+    factor, square = _quintic_less_eye(e, layout)
+    # Of large matrices a much lower bound of the spectral norm.
+    furthest = jnp.minimum(furthest, jnp.sqrt(largest(_infinity_norm(square, layout))))
+    exact = g.dtype == jnp.float64
+    steps = 1 + exact + sum(jnp.int32(furthest > bound) for bound in _STEPS_FOR_DEVIATION[:-1])
 
     def step(_, carry):
         root, e, square = carry
@@ -75,9 +77,16 @@ def inverse_root(g: Array, steps: Int[Array, ""], layout: Layout) -> Array:
         factor, square = _quintic_less_eye(e, layout)
         return root + factor + layout.matmul(root, factor), e, square
 
-    e = g - eye
-    factor, square = _quintic_less_eye(e, layout)
-    return eye + lax.fori_loop(1, steps, step, (factor, e, square))[0]
+    def of_order_four(factor, e, square):
+        return factor + layout.matmul(square, 0.2734375 * square - 0.3125 * e)
+
+    def by_steps(*carry):
+        return lax.fori_loop(1, steps, step, carry)[0]
+
+    if exact:
+        return eye + by_steps(factor, e, square)
+    order_four = (furthest > _STEPS_FOR_DEVIATION[0]) & (furthest <= _ORDER_FOUR_BELOW)
+    return eye + lax.cond(order_four, of_order_four, by_steps, factor, e, square)
 
 
 def iterate(y: Array, fallback: Array, layout: Layout) -> Array:

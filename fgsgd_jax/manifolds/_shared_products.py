@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ..linalg import MATRICES_FIRST as FIRST, deviation, inverse_root, iterate, layout_for, steps_for
+from ..linalg import FURTHEST, MATRICES_FIRST as FIRST, deviation, inverse_root, iterate, largest, layout_for
 from ._euclidean import Euclidean
 from ._manifold import Manifold
 from ._oblique import Oblique
@@ -127,12 +127,12 @@ def _retract(manifolds, kind: Array | None, radius: Array, x: Array, v: Array) -
     if not any(isinstance(manifold, Stiefel) for manifold in manifolds):
         return s * _by_cores(manifolds, kind, x / s, y, g, g)
     stiefel = _of_kind(manifolds, kind, lambda m: isinstance(m, Stiefel), jnp.isnan(radius))
-    near, steps = steps_for(jnp.where(stiefel, deviation(g, FIRST)[0, 0], 0))
+    furthest = largest(jnp.where(stiefel, deviation(g, FIRST)[0, 0], 0))
     stiefel = FIRST.over_matrices(stiefel)
 
     def by_gram(x, v, y, g):
         del v
-        return s * _by_cores(manifolds, kind, x / s, y, g, inverse_root(g, steps, FIRST))
+        return s * _by_cores(manifolds, kind, x / s, y, g, inverse_root(g, furthest, FIRST))
 
     def by_iteration(x, v, y, g):
         others = _by_cores(manifolds, kind, x / s, y, g, g)
@@ -140,7 +140,7 @@ def _retract(manifolds, kind: Array | None, radius: Array, x: Array, v: Array) -
         x, v = jnp.where(stiefel, x / s, origin), jnp.where(stiefel, v / s, 0)
         return s * jnp.where(stiefel, iterate(x + shortened(v, FIRST), x, FIRST), others)
 
-    return lax.cond(near, by_gram, by_iteration, x, v, y, g)
+    return lax.cond(furthest <= FURTHEST, by_gram, by_iteration, x, v, y, g)
 
 
 def _by_cores(manifolds, kind: Array | None, x: Array, y: Array, g: Array, root: Array) -> Array:
