@@ -21,7 +21,7 @@ from pathlib import Path
 import tables
 
 # Seconds after which a part begins no further case.
-PARTS = {"kernels": 200, "updates": 370, "steps": 120, "growth": 150}
+PARTS = {"kernels": 200, "updates": 300, "steps": 120, "growth": 130}
 # The same of a quick run.
 QUICK = {"kernels": 35, "updates": 25, "steps": 10, "growth": 15}
 
