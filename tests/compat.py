@@ -7,7 +7,6 @@ there. test_compat.py runs a part of it.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import json
@@ -64,8 +63,8 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     },
     "contrib.dpsgd": lambda rate: contrib.dpsgd(rate, 1.0, 0.1, 0),
 }
-# Where RATE would hardly move the weights in 50 steps.
 RATE = 0.02
+# Where that would hardly move the weights in 50 steps.
 RATES = {
     **dict.fromkeys(("adadelta", "contrib.cocob", "contrib.dadapt_adamw", "contrib.dog", "contrib.dowg"), 1.0),
     "contrib.prodigy": 1.0,
@@ -315,21 +314,6 @@ def together(found: list[str]) -> str:
     return ", ".join(sorted(set(found)))
 
 
-def word(found: dict[str, dict[str, str]]) -> str:
-    """`together` for all schemes and dtypes."""
-    return together([cell for by_scheme in found.values() for cell in by_scheme.values()])
-
-
-def of_all(found: dict[str, str]) -> str:
-    """The word of most optimizers, and which of them have another."""
-    usual, *others = (word for word, _ in collections.Counter(found.values()).most_common())
-    named = (
-        f"{word} with " + ", ".join(f"`{name}`" for name, own in sorted(found.items()) if own == word)
-        for word in others
-    )
-    return "; ".join((usual, *named))
-
-
 # --- the table
 
 HEAD = """# What runs on manifolds
@@ -421,8 +405,9 @@ def document(known: dict[str, dict[str, Any]]) -> str:
     for name, wrapper in WRAPPERS.items():
         cells = []
         for place in (AROUND, WITHIN):
-            row = {other: found for key, other, found in done if key == f"{place} {name}"}
-            cells.append(of_all({other: word(found) for other, found in row.items() if not isinstance(found, str)}))
+            row = [found for key, _, found in done if key == f"{place} {name}" and not isinstance(found, str)]
+            every = [cell for by_dtype in row for by_scheme in by_dtype.values() for cell in by_scheme.values()]
+            cells.append(together(every))
         wrappers.append([name, *cells, wrapper.remedy])
     impossible: dict[tuple[str, str], list[str]] = {}
     for wrapper, other, found in done:

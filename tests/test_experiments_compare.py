@@ -6,13 +6,14 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 pytest.importorskip("tyro")
 
 from fgsgd_jax.experiments import TrainConfig, _compare
 from fgsgd_jax.experiments.__main__ import main
 from fgsgd_jax.experiments._compare import chosen_rate
-from fgsgd_jax.experiments._comparison_report import report
+from fgsgd_jax.experiments._comparison_report import draw, report
 from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
 from fgsgd_jax.experiments._models._shapes import CifarShape
 from fgsgd_jax.experiments._paired import paired_difference
@@ -191,3 +192,15 @@ def test_a_rate_that_diverges_is_not_chosen():
     results = [tried(0.1, 50.0, 1.0), tried(0.3, 50.0, None), tried(0.03, 60.0, 0.5)]
     assert chosen_rate((0.3, 0.1, 0.03), "euc", results) == 0.1
     assert chosen_rate((0.5,), "euc", []) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("errors", "lowest"),
+    [([3.0, 0.0], 0), ([70.0, 44.0], 20), ([100.0, 100.0], 50), ([90.0, None], 50), ([None, None], 0)],
+)
+def test_the_picture_reaches_down_to_the_rows(errors, lowest, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: limits.append(figure.axes[0].get_ylim()))
+    training = {"row": "euc", "stage": "test", "seed": 0, "error": 50.0, "train_error": errors}
+    draw({"comparison": {"rows": ["euc"], "seeds": 1}, "trainings": [training]}, tmp_path / "picture.png")
+    assert limits == [(lowest, 100)]

@@ -15,7 +15,7 @@ from ._paired import CONFIDENCE, RESAMPLES, paired_difference
 from ._picture import COLOURS
 
 # The rows that all others are compared with, where they are there.
-REFERENCES = ("euc", "st")
+REFERENCES = ("euc", "st", "pio3")
 
 
 def report(found: Mapping[str, Any], command: str, picture: str) -> str:
@@ -119,8 +119,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     epochs.set_yscale("symlog", linthresh=1)
     ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
     epochs.set_yticks(ticks)
-    # Of 0 to 100 %, what the rows reach; all of it where they fit.
-    epochs.set_ylim(max(tick for tick in ticks if tick <= min(line.get_ydata().min() for line in epochs.lines)), 100)
+    # Down to what the rows reach. A training that diverged has no numbers.
+    lowest = min((error for line in epochs.lines for error in line.get_ydata() if error >= 0), default=0)
+    epochs.set_ylim(max(tick for tick in ticks[:-1] if tick <= lowest), 100)
     epochs.yaxis.set_major_formatter("{x:g}")
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right center", fontsize="small")

@@ -11,7 +11,7 @@ from ._expm import expm as expm
 from ._gram_iteration import gram_iteration as gram_iteration
 from ._largest import largest as largest
 from ._newton_schulz import (
-    FURTHEST as FURTHEST,
+    LARGEST_DEVIATION as LARGEST_DEVIATION,
     deviation as deviation,
     inverse_root as inverse_root,
     iterate as iterate,

@@ -14,7 +14,7 @@ from ._products import Layout, layout_for
 # of order 4 maps it to 1/2 e⁵, for two p×p products where two steps take five: enough for float32 below its own bound.
 _STEPS_FOR_DEVIATION = (2.0**-7, 0.2, 0.7)
 _ORDER_FOUR_BELOW = 0.05
-FURTHEST = _STEPS_FOR_DEVIATION[-1]
+LARGEST_DEVIATION = _STEPS_FOR_DEVIATION[-1]
 _MOST_ITERATIONS = 64
 
 
@@ -43,7 +43,7 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
         del g
         return iterate(y, fallback, layout)
 
-    return layout.give(lax.cond(furthest <= FURTHEST, by_gram, by_iteration, y, g, fallback))
+    return layout.give(lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, y, g, fallback))
 
 
 def deviation(g: Array, layout: Layout) -> Array:
@@ -56,10 +56,10 @@ def _infinity_norm(a: Array, layout: Layout) -> Array:
 
 
 def inverse_root(g: Array, furthest: Float[Array, ""], layout: Layout) -> Array:
-    """`g^-½` by products of p×p matrices only, as many as the largest `deviation` asks for, at most `FURTHEST`.
+    """`g^-½` by products of p×p matrices only, as many as `furthest`, the largest `deviation`, asks for.
 
-    Factors and Grams are held less the identity: terms of a product that are small beside its ones are lost from their
-    sum, and all in one direction, which is 3e-6 of the diagonal at p = 256.
+    It is at most LARGEST_DEVIATION. Factors and Grams are held less the identity: terms of a product that are small
+    beside its ones are lost from their sum, and all in one direction, which is 3e-6 of the diagonal at p = 256.
     """
     eye = layout.eye(g)
     e = g - eye

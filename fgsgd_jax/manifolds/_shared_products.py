@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ..linalg import FURTHEST, MATRICES_FIRST as FIRST, deviation, inverse_root, iterate, largest, layout_for
+from ..linalg import LARGEST_DEVIATION, MATRICES_FIRST as FIRST, deviation, inverse_root, iterate, largest, layout_for
 from ._euclidean import Euclidean
 from ._manifold import Manifold
 from ._oblique import Oblique
@@ -140,7 +140,7 @@ def _retract(manifolds, kind: Array | None, radius: Array, x: Array, v: Array) -
         x, v = jnp.where(stiefel, x / s, origin), jnp.where(stiefel, v / s, 0)
         return s * jnp.where(stiefel, iterate(x + shortened(v, FIRST), x, FIRST), others)
 
-    return lax.cond(furthest <= FURTHEST, by_gram, by_iteration, x, v, y, g)
+    return lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, x, v, y, g)
 
 
 def _by_cores(manifolds, kind: Array | None, x: Array, y: Array, g: Array, root: Array) -> Array:
