@@ -4,7 +4,6 @@ A program over them grows with the number of different matrices, not with the nu
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from ..linalg import layout_for
+from ..linalg import filled_up, layout_for, repeated
 from ..manifolds import Manifold, compute_dtype
 from ._collection import Collection
 from ._plan import Plan
@@ -59,7 +58,8 @@ class Bucket:
 class Batch:
     """Buckets whose matrices have one shape and one set of manifolds: their arithmetic runs together.
 
-    Joined, the matrices of all layers follow each other along one axis. A bucket of sharded parameters is a batch of
+    Joined, the matrices of all layers follow each other along one axis, and after them the first ones again where
+    arithmetic likes another number. A bucket of sharded parameters is a batch of
     its own and keeps its axes (layers, inputs, outputs), so that nothing has to move between devices. `places` are
     the buckets' positions in the plan's.
     """
@@ -82,35 +82,27 @@ class Batch:
         if not self.joined:
             return self.buckets[0].stack(leaves)
         dtype, layout = self.dtype(leaves), layout_for(self._shape)
-        return layout.give(
-            layout.join(
-                layout.take(bucket.view.split(leaves[path].astype(dtype)))
-                for bucket in self.buckets
-                for path in bucket.paths
-            )
-        )
+        parts = [bucket.view.split(leaves[path].astype(dtype)) for bucket in self.buckets for path in bucket.paths]
+        return layout.join(parts)
 
     def unstack(self, matrices: Float[Array, "*batch rows cols"], like: dict[str, Array]) -> dict[str, Array]:
         """The tensors by path, in the dtypes of `like`."""
         if not self.joined:
             return self.buckets[0].unstack(matrices, like)
-        layout, start, tensors = layout_for(self._shape), 0, {}
-        matrices = layout.take(matrices)
-        for bucket in self.buckets:
-            grid = bucket.view.grid[:2]
-            for path in bucket.paths:
-                part = layout.give(layout.part(matrices, start, grid))
-                tensors[path] = bucket.view.merge(part).astype(like[path].dtype)
-                start += math.prod(grid)
-        return tensors
+        layout = layout_for(self._shape)
+        owners = [(path, bucket.view) for bucket in self.buckets for path in bucket.paths]
+        parts = layout.split(matrices, [view.grid[:2] for _, view in owners])
+        return {
+            path: view.merge(part).astype(like[path].dtype) for (path, view), part in zip(owners, parts, strict=True)
+        }
 
     def keep(self, matrices: Float[Array, "*batch rows cols"], like: dict[str, Array]) -> Any:
         """The matrices as a state keeps them, at no cost: joined in their layout, else as tensors by path."""
-        return layout_for(self._shape).take(matrices) if self.joined else self.unstack(matrices, like)
+        return layout_for(self._shape).keep(matrices) if self.joined else self.unstack(matrices, like)
 
     def kept(self, matrices: Any) -> Float[Array, "*batch rows cols"]:
         """Undoes `keep`."""
-        return layout_for(self._shape).give(matrices) if self.joined else self.stack(matrices)
+        return layout_for(self._shape).kept(matrices) if self.joined else self.stack(matrices)
 
     def kept_leaves(self, leaves: dict[str, Array]) -> Any:
         """The leaves' matrices as `keep` has them, with the shardings of the leaves."""
@@ -133,20 +125,22 @@ class Batch:
         if values[0] is None or not self.joined:
             return values[0]
         dtype = max((value.dtype for value in values), key=lambda dtype: dtype.itemsize)
-        return jnp.concatenate([value.reshape(-1).astype(dtype) for value in values])
+        flat = [value.reshape(-1).astype(dtype) for value in values]
+        return jnp.concatenate([*flat, *repeated(flat, self._shape[0])])
 
     def grids(self, values: Shaped[Array, "*batch"]) -> list[Shaped[Array, "layers inputs outputs"]]:
         """The values of the batch's matrices by bucket: undoes `flat`."""
         if not self.joined:
             return [values]
         shapes = [(len(bucket.paths), *bucket.view.grid[:2]) for bucket in self.buckets]
-        ends = np.cumsum([np.prod(shape) for shape in shapes])
-        return [part.reshape(shape) for part, shape in zip(jnp.split(values, ends[:-1]), shapes, strict=True)]
+        parts = jnp.split(values, np.cumsum([np.prod(shape) for shape in shapes]))
+        return [part.reshape(shape) for part, shape in zip(parts[: len(shapes)], shapes, strict=True)]
 
     @property
     def _shape(self) -> tuple[int, int, int]:
         count = sum(len(bucket.paths) * bucket.view.grid[0] * bucket.view.grid[1] for bucket in self.buckets)
-        return count, *self.buckets[0].view.grid[2:]
+        rows, cols = self.buckets[0].view.grid[2:]
+        return filled_up((count, rows, cols)), rows, cols
 
 
 @jax.tree_util.register_dataclass

@@ -12,20 +12,23 @@ from ._gram_iteration import gram_iteration as gram_iteration
 from ._largest import largest as largest
 from ._newton_schulz import (
     LARGEST_DEVIATION as LARGEST_DEVIATION,
-    deviation as deviation,
-    inverse_root as inverse_root,
+    gram_less_eye as gram_less_eye,
+    infinity_norm as infinity_norm,
+    inverse_root_less_eye as inverse_root_less_eye,
     iterate as iterate,
     orthonormalize as orthonormalize,
 )
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import polar as polar
 from ._products import (
-    MATRICES_FIRST as MATRICES_FIRST,
     MATRICES_LAST as MATRICES_LAST,
     Layout as Layout,
+    chunks_of as chunks_of,
+    filled_up as filled_up,
     gram as gram,
     layout_for as layout_for,
     matmul as matmul,
+    repeated as repeated,
     sym as sym,
 )
 from ._qr import qf as qf

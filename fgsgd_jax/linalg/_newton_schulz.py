@@ -32,61 +32,67 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
     """
     layout = layout_for(y.shape)
     y, fallback = layout.take(y), layout.take(fallback)
-    g = layout.gram(y, y)
-    furthest = largest(deviation(g, layout))
+    e = layout.apart(lambda y: gram_less_eye(y, layout), y)
+    furthest = largest(layout.apart(lambda e: infinity_norm(e, layout), e))
 
-    def by_gram(y, g, fallback):
+    def by_gram(y, e, fallback):
         del fallback
-        return layout.matmul(y, inverse_root(g, furthest, layout))
+        root = inverse_root_less_eye(e, furthest, layout)
+        return layout.apart(lambda y, root: layout.matmul(y, root + layout.eye(root)), y, root)
 
-    def by_iteration(y, g, fallback):
-        del g
+    def by_iteration(y, e, fallback):
+        del e
         return iterate(y, fallback, layout)
 
-    return layout.give(lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, y, g, fallback))
+    return layout.give(lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, y, e, fallback))
 
 
-def deviation(g: Array, layout: Layout) -> Array:
-    """∞-norm of `g - I` of each matrix (axes of length 1): an upper bound of the spectral norm."""
-    return _infinity_norm(g - layout.eye(g), layout)
+def gram_less_eye(y: Array, layout: Layout) -> Array:
+    """`yᵀy - I`, whose `infinity_norm` is the `furthest` of `inverse_root_less_eye`."""
+    g = layout.gram(y, y)
+    return g - layout.eye(g)
 
 
-def _infinity_norm(a: Array, layout: Layout) -> Array:
+def infinity_norm(a: Array, layout: Layout) -> Array:
+    """Of each matrix (axes of length 1): an upper bound of the spectral norm of a symmetric one."""
     return layout.max(layout.sum(jnp.abs(a), 1), 0)
 
 
-def inverse_root(g: Array, furthest: Float[Array, ""], layout: Layout) -> Array:
-    """`g^-½` by products of p×p matrices only, as many as `furthest`, the largest `deviation`, asks for.
+def inverse_root_less_eye(e: Array, furthest: Float[Array, ""], layout: Layout) -> Array:
+    """`(I + e)^-½ - I` by products of p×p matrices only, as many as `furthest`, the largest norm of `e`, asks for.
 
     It is at most LARGEST_DEVIATION. Factors and Grams are held less the identity: terms of a product that are small
     beside its ones are lost from their sum, and all in one direction, which is 3e-6 of the diagonal at p = 256.
     """
-    eye = layout.eye(g)
-    e = g - eye
     factor, square = _quintic_less_eye(e, layout)
     # Of large matrices a much lower bound of the spectral norm.
-    furthest = jnp.minimum(furthest, jnp.sqrt(largest(_infinity_norm(square, layout))))
-    exact = g.dtype == jnp.float64
+    furthest = jnp.minimum(furthest, jnp.sqrt(largest(layout.apart(lambda a: infinity_norm(a, layout), square))))
+    exact = e.dtype == jnp.float64
     steps = 1 + exact + sum(jnp.int32(furthest > bound) for bound in _STEPS_FOR_DEVIATION[:-1])
 
     def step(_, carry):
         root, e, square = carry
-        # (I - e/2 + 3/8 e²)² (I + e) - I, multiplied out.
-        rest = 0.625 * eye - 0.234375 * e + 0.140625 * square
-        e = layout.matmul(layout.matmul(e, square), rest)
+
+        def next_deviation(e, square):
+            # (I - e/2 + 3/8 e²)² (I + e) - I, multiplied out.
+            return layout.matmul(e, 0.625 * layout.eye(e) - 0.234375 * e + 0.140625 * square)
+
+        e = layout.apart(layout.matmul, square, layout.apart(next_deviation, e, square))
         factor, square = _quintic_less_eye(e, layout)
-        return root + factor + layout.matmul(root, factor), e, square
+        return layout.apart(lambda root, factor: root + factor + layout.matmul(root, factor), root, factor), e, square
 
     def of_order_four(factor, e, square):
-        return factor + layout.matmul(square, 0.2734375 * square - 0.3125 * e)
+        return layout.apart(
+            lambda factor, e, square: factor + layout.matmul(square, 0.2734375 * square - 0.3125 * e), factor, e, square
+        )
 
     def by_steps(*carry):
         return lax.fori_loop(1, steps, step, carry)[0]
 
     if exact:
-        return eye + by_steps(factor, e, square)
+        return by_steps(factor, e, square)
     order_four = (furthest > _STEPS_FOR_DEVIATION[0]) & (furthest <= _ORDER_FOUR_BELOW)
-    return eye + lax.cond(order_four, of_order_four, by_steps, factor, e, square)
+    return lax.cond(order_four, of_order_four, by_steps, factor, e, square)
 
 
 def iterate(y: Array, fallback: Array, layout: Layout) -> Array:
@@ -96,45 +102,46 @@ def iterate(y: Array, fallback: Array, layout: Layout) -> Array:
     """
     # First by the largest entry, so that no product overflows or vanishes; then by the Gram's ∞-norm, which puts
     # all singular values into (0, 1], where the iteration converges.
-    top = layout.max(jnp.abs(y))
+    top = layout.apart(lambda y: layout.max(jnp.abs(y)), y)
     usable = (top > 0) & jnp.isfinite(top)
     z = jnp.where(usable, y / jnp.where(usable, top, 1), 0)
-    bound = layout.max(layout.sum(jnp.abs(layout.gram(z, z)), 1), 0)
+    bound = layout.apart(lambda z: infinity_norm(layout.gram(z, z), layout), z)
     z = z / jnp.sqrt(jnp.where(usable, bound, 1))
 
     # From here one more step reaches round-off.
     enough = 2.0**-18 if y.dtype == jnp.float64 else _STEPS_FOR_DEVIATION[0]
 
+    def deviation(e):
+        return layout.apart(lambda e: infinity_norm(e, layout), e)
+
+    def with_deviation(z):
+        return z, layout.apart(lambda z: gram_less_eye(z, layout), z)
+
+    def nearer(z, e):
+        factor, _ = _quintic_less_eye(e, layout)
+        return layout.apart(lambda z, factor: z + layout.matmul(z, factor), z, factor)
+
     def unconverged(carry):
-        _, g, iteration = carry
-        return (largest(deviation(g, layout)) > enough) & (iteration < _MOST_ITERATIONS)
+        _, e, iteration = carry
+        return (largest(deviation(e)) > enough) & (iteration < _MOST_ITERATIONS)
 
     def step(carry):
-        z, g, iteration = carry
-        z = layout.matmul(z, _quintic(g, layout))
-        return z, layout.gram(z, z), iteration + 1
+        z, e, iteration = carry
+        return *with_deviation(nearer(z, e)), iteration + 1
 
-    z, g, _ = lax.while_loop(unconverged, step, (z, layout.gram(z, z), 0))
-    z, converged = layout.matmul(z, _quintic(g, layout)), deviation(g, layout) <= enough
-    return jnp.where(converged, z, _orthonormal(fallback, layout))
+    z, e, _ = lax.while_loop(unconverged, step, (*with_deviation(z), 0))
+    return jnp.where(deviation(e) <= enough, nearer(z, e), _orthonormal(fallback, layout))
 
 
 def _orthonormal(x: Array, layout: Layout) -> Array:
     """`x`, or the identity where its columns are far from orthonormal."""
-    near = deviation(layout.gram(x, x), layout) <= _STEPS_FOR_DEVIATION[1]
-    eye = jnp.eye(*(x.shape[axis] for axis in layout.axes), dtype=x.dtype)
-    return jnp.where(near, x, layout.take(jnp.broadcast_to(eye, layout.give(x).shape)))
-
-
-def _quintic(g: Array, layout: Layout) -> Array:
-    """`15/8 I - 5/4 g + 3/8 g²`: the Taylor polynomial of `g^-½` about I, of order 2."""
-    eye = layout.eye(g)
-    return eye + _quintic_less_eye(g - eye, layout)[0]
+    deviation = layout.apart(lambda x: infinity_norm(gram_less_eye(x, layout), layout), x)
+    return jnp.where(deviation <= _STEPS_FOR_DEVIATION[1], x, layout.eye(x))
 
 
 def _quintic_less_eye(e: Array, layout: Layout) -> tuple[Array, Array]:
-    """The polynomial of `g = I + e` less I, and `e²`."""
-    square = layout.matmul(e, e)
+    """Less I, the Taylor polynomial of `(I + e)^-½` of order 2; and `e²`."""
+    square = layout.apart(layout.matmul, e, e)
     return 0.375 * square - 0.5 * e, square
 
 

@@ -19,7 +19,7 @@ def norm(x: Float[Array, "..."], axis: int | Sequence[int], keepdims: bool = Fal
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     if axes == (-2, -1) and (layout := layout_for(x.shape)) is not MATRICES_LAST:
         x = layout.take(x)
-        length = layout.give(_norm(x, layout.sum, layout.max))
+        length = layout.give_values(_norm(x, layout.sum, layout.max))[..., None, None]
     else:
         length = _norm(
             x,
@@ -40,6 +40,4 @@ def _norm(x, total, maximum):
 def squared_norm(x: Float[Array, "*batch n p"]) -> Float[Array, "*batch"]:
     """Sum of the squared entries of each matrix, as it comes: it may overflow."""
     layout = layout_for(x.shape)
-    squares = jnp.squeeze(layout.give(layout.sum(jnp.square(layout.take(x)))), axis=(-2, -1))
-    # XLA on CPU would read all of x again for each use of the sums.
-    return lax.optimization_barrier(squares)
+    return layout.give_values(layout.apart(lambda x: layout.sum(jnp.square(layout.take_kept(x))), layout.keep(x)))

@@ -10,21 +10,28 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout as MemoryLayout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from ._largest import largest
 
-# A product of so few multiplications is written out, if there are many matrices: on CPU that is faster than batched
-# products. Few matrices are not worth the longer compilation.
+# Matrices whose products take so few multiplications are multiplied side by side, if there are many: on CPU that is
+# faster than batched products. Few matrices are not worth the longer compilation.
 _FEW_MULTIPLICATIONS = 128
 _MANY_MATRICES = 1024
+# So many numbers of each entry lie together, that the entries of a few matrices' worth of lanes stay in a core's L1
+# cache, and that a loop over them is worth starting.
+_LANES, _FEWEST_LANES = 256, 64
+# On CPU the intermediate results of so many blocks of lanes stay in a core's L2 cache.
+_BLOCKS = 16
 
 
-@dataclasses.dataclass(frozen=True)
 class Layout(abc.ABC):
     """Which two axes of an array are the rows and columns of its matrices, and how those are multiplied."""
 
@@ -39,20 +46,47 @@ class Layout(abc.ABC):
         """`x` as `[*batch, n, p]` again."""
 
     @abc.abstractmethod
-    def join(self, parts: Iterable[Array]) -> Array:
-        """The matrices of all parts, each batched in its own way, along one batch axis."""
+    def take_kept(self, x: Array) -> Array:
+        """What `take` makes of matrices of which `keep` made `x`."""
 
     @abc.abstractmethod
-    def part(self, x: Array, start: int, batch: tuple[int, ...]) -> Array:
-        """The matrices of `x`, of one batch axis, that follow `start`, batched in the shape `batch`: undoes `join`."""
+    def keep_given(self, x: Array) -> Array:
+        """What `keep` makes of the matrices that `give` makes of `x`."""
+
+    @abc.abstractmethod
+    def take_values(self, values: Array) -> Array:
+        """One value for each matrix `[*batch]`, shaped to multiply the matrices in this layout."""
+
+    @abc.abstractmethod
+    def give_values(self, values: Array) -> Array:
+        """Undoes `take_values`."""
+
+    @abc.abstractmethod
+    def join(self, parts: Sequence[Array]) -> Array:
+        """The matrices of all parts `[*batch, n, p]`, each batched in its own way, along one batch axis.
+
+        Where they are fewer than in the layout, the first ones follow again.
+        """
+
+    @abc.abstractmethod
+    def split(self, x: Array, batches: Iterable[tuple[int, ...]]) -> list[Array]:
+        """The matrices `[count, n, p]` in parts batched in these ways: undoes `join`."""
+
+    @abc.abstractmethod
+    def keep(self, x: Array) -> Array:
+        """Matrices `[*batch, n, p]` in the order that they have in memory, where they come from kernels."""
+
+    @abc.abstractmethod
+    def kept(self, x: Array) -> Array:
+        """Undoes `keep`."""
 
     @abc.abstractmethod
     def matmul(self, a: Array, b: Array) -> Array:
         """`a @ b` at the precision of its dtype on every backend."""
 
     @abc.abstractmethod
-    def eye(self, g: Array) -> Array:
-        """The identity in the shape of `g`, which is square."""
+    def apart(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, compiled so that its results are computed once, whatever uses them."""
 
     @abc.abstractmethod
     def sum(self, x: Array, axis: int | None = None) -> Array:
@@ -62,9 +96,13 @@ class Layout(abc.ABC):
     def max(self, x: Array, axis: int | None = None) -> Array:
         """The maximum of non-negative entries, like `sum`."""
 
-    def over_matrices(self, values: Array) -> Array:
-        """One value for each matrix, shaped to multiply the matrices."""
-        return jnp.expand_dims(values, self.axes)
+    def eye(self, x: Array) -> Array:
+        """Identity matrices of the size of those of `x`, against which they broadcast."""
+        shape = [1] * x.ndim
+        for axis in self.axes:
+            shape[axis] = x.shape[axis]
+        rows, cols = (lax.broadcasted_iota(jnp.int32, shape, x.ndim + axis) for axis in self.axes)
+        return (rows == cols).astype(x.dtype)
 
     def transpose(self, a: Array) -> Array:
         """The transposed matrices."""
@@ -81,23 +119,49 @@ class Layout(abc.ABC):
 class _MatricesLast(Layout):
     """The package's convention, `[*batch, n, p]`, with products by the backend."""
 
+    axes = (-2, -1)
+
     def take(self, x: Array) -> Array:
         return x
 
     def give(self, x: Array) -> Array:
         return x
 
-    def join(self, parts: Iterable[Array]) -> Array:
+    def take_kept(self, x: Array) -> Array:
+        return x
+
+    def keep_given(self, x: Array) -> Array:
+        return x
+
+    def take_values(self, values: Array) -> Array:
+        return values[..., None, None]
+
+    def give_values(self, values: Array) -> Array:
+        return values[..., 0, 0]
+
+    def join(self, parts: Sequence[Array]) -> Array:
         return jnp.concatenate([part.reshape(-1, *part.shape[-2:]) for part in parts])
 
-    def part(self, x: Array, start: int, batch: tuple[int, ...]) -> Array:
-        return lax.slice_in_dim(x, start, start + math.prod(batch)).reshape(*batch, *x.shape[1:])
+    def split(self, x: Array, batches: Iterable[tuple[int, ...]]) -> list[Array]:
+        parts, start = [], 0
+        for batch in batches:
+            end = start + math.prod(batch)
+            parts.append(lax.slice_in_dim(x, start, end).reshape(*batch, *x.shape[1:]))
+            start = end
+        return parts
+
+    def keep(self, x: Array) -> Array:
+        return x
+
+    def kept(self, x: Array) -> Array:
+        return x
 
     def matmul(self, a: Array, b: Array) -> Array:
         return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
-    def eye(self, g: Array) -> Array:
-        return jnp.broadcast_to(jnp.eye(g.shape[-1], dtype=g.dtype), g.shape)
+    def apart(self, function: Callable[..., Any], *args: Any) -> Any:
+        # The backend's products are never computed twice.
+        return function(*args)
 
     def sum(self, x: Array, axis: int | None = None) -> Array:
         return jnp.sum(x, axis=self._over(axis), keepdims=True)
@@ -106,29 +170,79 @@ class _MatricesLast(Layout):
         return largest(x, axis=self._over(axis), keepdims=True)
 
 
-class _MatricesFirst(Layout):
-    """`[n, p, *batch]`: products of small matrices are written out, each entry a vector over the batch."""
+@dataclasses.dataclass(frozen=True)
+class _LanesLast(Layout):
+    """`[*blocks, n, p, lanes]`: products of small matrices as sums of outer products, each over many matrices at once.
+
+    XLA on CPU compiles a sum of outer products of slices to one loop without branches, which reads each block from the
+    cache; entries that are computed one by one and stacked become a loop each, over the whole array.
+    """
+
+    batch: tuple[int, ...]
+    axes = (-3, -2)
 
     def take(self, x: Array) -> Array:
-        return jnp.moveaxis(x, (-2, -1), (0, 1))
+        return jnp.moveaxis(self._blocks(x, 2), (-3, -2, -1), (-1, -3, -2))
 
     def give(self, x: Array) -> Array:
+        return self._whole(jnp.moveaxis(x, (-1, -3, -2), (-3, -2, -1)), 2)
+
+    def take_kept(self, x: Array) -> Array:
+        if len(self.batch) > 1:
+            return self.take(self.kept(x))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, self._lanes), 2, 0)
+
+    def keep_given(self, x: Array) -> Array:
+        if len(self.batch) > 1:
+            return self.keep(self.give(x))
+        return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)
+
+    def take_values(self, values: Array) -> Array:
+        return self._blocks(values, 0)[..., None, None, :]
+
+    def give_values(self, values: Array) -> Array:
+        return self._whole(values[..., 0, 0, :], 0)
+
+    def join(self, parts: Sequence[Array]) -> Array:
+        entries = [jnp.moveaxis(part, (-2, -1), (0, 1)).reshape(*part.shape[-2:], -1) for part in parts]
+        return self.kept(jnp.concatenate([*entries, *repeated(entries, *self.batch)], axis=-1))
+
+    def split(self, x: Array, batches: Iterable[tuple[int, ...]]) -> list[Array]:
+        entries, parts, start = self.keep(x), [], 0
+        for batch in batches:
+            end = start + math.prod(batch)
+            part = lax.slice_in_dim(entries, start, end, axis=-1)
+            parts.append(jnp.moveaxis(part.reshape(*entries.shape[:2], *batch), (0, 1), (-2, -1)))
+            start = end
+        return parts
+
+    def keep(self, x: Array) -> Array:
+        # Entry by entry: to form blocks costs nothing in the cache, but a pass over the memory for a whole network.
+        return jnp.moveaxis(x, (-2, -1), (0, 1))
+
+    def kept(self, x: Array) -> Array:
         return jnp.moveaxis(x, (0, 1), (-2, -1))
 
-    def join(self, parts: Iterable[Array]) -> Array:
-        return jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1)
-
-    def part(self, x: Array, start: int, batch: tuple[int, ...]) -> Array:
-        return lax.slice_in_dim(x, start, start + math.prod(batch), axis=-1).reshape(*x.shape[:2], *batch)
-
     def matmul(self, a: Array, b: Array) -> Array:
-        def entry(i: int, j: int) -> Array:
-            return functools.reduce(operator.add, (a[i, k] * b[k, j] for k in range(a.shape[1])))
+        inner = range(a.shape[-2])
+        return functools.reduce(operator.add, (a[..., k, None, :] * b[..., None, k, :, :] for k in inner))
 
-        return jnp.stack([jnp.stack([entry(i, j) for j in range(b.shape[1])]) for i in range(a.shape[0])])
+    def apart(self, function: Callable[..., Any], *args: Any) -> Any:
+        def alone(*args):
+            results = jax.eval_shape(function, *args)
 
-    def eye(self, g: Array) -> Array:
-        return self.take(MATRICES_LAST.eye(self.give(g)))
+            def zeros(*args):
+                del args
+                return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
+
+            def in_order(*args):
+                # Else blocks would stay transposed in memory, to be formed again for each of their uses.
+                return jax.tree.map(_row_major, function(*args)) if len(self.batch) == 1 else function(*args)
+
+            # What is in a branch is compiled for itself; the compiler does not see that it is always taken.
+            return lax.cond(lax.optimization_barrier(jnp.ones((), bool)), in_order, zeros, *args)
+
+        return lax.platform_dependent(*args, cpu=alone, default=function)
 
     def sum(self, x: Array, axis: int | None = None) -> Array:
         return self._one_by_one(operator.add, x, axis)
@@ -142,22 +256,71 @@ class _MatricesFirst(Layout):
             x = functools.reduce(pair, jnp.split(x, x.shape[one], axis=one))
         return x
 
+    @property
+    def _lanes(self) -> int:
+        """Of one batch axis: as many as divide it well, else all."""
+        (count,) = self.batch
+        return next((n for n in range(_LANES, _FEWEST_LANES - 1, -1) if count % n == 0), count)
 
-MATRICES_LAST = _MatricesLast((-2, -1))
-MATRICES_FIRST = _MatricesFirst((0, 1))
+    @property
+    def _longest(self) -> int:
+        """The batch axis that becomes the lanes where there are several: they may be sharded, and stay apart."""
+        return max(range(len(self.batch)), key=self.batch.__getitem__)
+
+    def _blocks(self, x: Array, behind: int) -> Array:
+        if len(self.batch) == 1:
+            return x.reshape(-1, self._lanes, *x.shape[1:])
+        return jnp.moveaxis(x, self._longest, -1 - behind)
+
+    def _whole(self, x: Array, behind: int) -> Array:
+        if len(self.batch) == 1:
+            return x.reshape(-1, *x.shape[2:])
+        return jnp.moveaxis(x, -1 - behind, self._longest)
+
+
+MATRICES_LAST = _MatricesLast()
+
+
+def _row_major(x: Array) -> Array:
+    return with_layout_constraint(x, MemoryLayout(tuple(range(x.ndim))))
 
 
 def layout_for(shape: tuple[int, ...]) -> Layout:
     """The layout in which arithmetic on matrices of `shape` [*batch, n, p] is fastest."""
     *batch, n, p = shape
     few = 0 < n * p * min(n, p) <= _FEW_MULTIPLICATIONS
-    return MATRICES_FIRST if few and math.prod(batch) >= _MANY_MATRICES else MATRICES_LAST
+    return _LanesLast(tuple(batch)) if few and math.prod(batch) >= _MANY_MATRICES else MATRICES_LAST
+
+
+def filled_up(shape: tuple[int, int, int]) -> int:
+    """The number of matrices at which a batch of `shape` [count, n, p], or a little longer, is handled fastest."""
+    if layout_for(shape) is MATRICES_LAST:
+        return shape[0]
+    blocks = -(-shape[0] // _LANES)
+    chunks = -(-blocks // _BLOCKS)
+    return -(-blocks // chunks) * chunks * _LANES
+
+
+def chunks_of(count: int) -> int:
+    """Into how many equal parts to divide so many matrices, that each stays in the cache; 1 if no number does well."""
+    fewest = -(-count // (_LANES * _BLOCKS))
+    return next((chunks for chunks in range(fewest, 2 * fewest) if count % (chunks * _LANES) == 0), 1)
+
+
+def repeated(parts: Iterable[Array], count: int) -> Iterator[Array]:
+    """The first of the parts, cut along the last axis to what they lack in `count`."""
+    parts = list(parts)
+    missing = count - sum(part.shape[-1] for part in parts)
+    while missing:
+        for part in parts:
+            yield part[..., :missing]
+            missing -= min(missing, part.shape[-1])
 
 
 def matmul(a: Float[Array, "*batch n k"], b: Float[Array, "*batch k p"]) -> Float[Array, "*batch n p"]:
     """`a @ b` at the precision of its dtype on every backend."""
     layout = MATRICES_LAST
-    if a.ndim == b.ndim and a.shape[-2] * a.shape[-1] * b.shape[-1] <= _FEW_MULTIPLICATIONS:
+    if a.shape[:-2] == b.shape[:-2] and a.shape[-2] * a.shape[-1] * b.shape[-1] <= _FEW_MULTIPLICATIONS:
         layout = layout_for(max(a.shape, b.shape, key=math.prod))
     return layout.give(layout.matmul(layout.take(a), layout.take(b)))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..linalg import norm
+from ..linalg import norm, squared_norm
 from ._euclidean import Euclidean
 from ._manifold import Manifold, compute_dtype
 from ._shared_products import displace_together, project_together, share_products
@@ -34,9 +34,16 @@ class Mixture:
 
     def project(self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Projection of `g` onto the tangent space at `x`."""
+        return self.measured_projection(x, g)[0]
+
+    def measured_projection(
+        self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"]
+    ) -> tuple[Float[Array, "*b n p"], Float[Array, "*b"]]:
+        """`project`, and the squared norms as they come: they may overflow."""
         if share_products(self.manifolds, x.shape):
             return project_together(self.manifolds, self.kind, self.radius, x, g)
-        return self._select(lambda m, _, x, g: m.project(x, g), x, g)
+        v = self._select(lambda m, _, x, g: m.project(x, g), x, g)
+        return v, squared_norm(v)
 
     def displace(
         self,

@@ -1,46 +1,55 @@
 """A step of many small matrices on different manifolds, which share the matrix products.
 
 On the Euclidean space, the sphere, the oblique and the Stiefel manifold alike the projection is `g - x C(xᵀg)/s²` and
-the retraction is `s y C(yᵀy)` with `y = (x + v)/s`; only the p×p matrix C depends on the manifold. Inside this file
-matrices are in the first two axes, `[n, p, *batch]`, and the arithmetic is written out entry by entry.
+the retraction is `s y C(yᵀy)` with `y = (x + v)/s`; only the p×p matrix C depends on the manifold, and is diagonal
+but for Stiefel. Inside this file matrices are in the layout for many small ones, `[blocks, n, p, lanes]`.
 """
 
-import functools
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ..linalg import LARGEST_DEVIATION, MATRICES_FIRST as FIRST, deviation, inverse_root, iterate, largest, layout_for
+from ..linalg import (
+    LARGEST_DEVIATION,
+    MATRICES_LAST,
+    Layout,
+    chunks_of,
+    gram_less_eye,
+    infinity_norm,
+    inverse_root_less_eye,
+    iterate,
+    largest,
+    layout_for,
+)
 from ._euclidean import Euclidean
 from ._manifold import Manifold
 from ._oblique import Oblique
 from ._sphere import Sphere
 from ._stiefel import Stiefel, shortened
 
-# On CPU the intermediate results of so many matrices stay in the cache, and the program's temporary memory small: that
-# of a whole network is new to the process at every call, and the page faults cost more than the arithmetic.
-_CHUNK = 8192
-
 
 def share_products(manifolds: tuple[Manifold, ...], shape: tuple[int, ...]) -> bool:
     """Whether the functions below serve points of `shape` [*batch, n, p] on these manifolds, and are the fastest."""
     return (
-        layout_for(shape) is FIRST
+        layout_for(shape) is not MATRICES_LAST
         and shape[-2] >= shape[-1]
         and all(isinstance(m, (Euclidean, Sphere, Oblique)) or m == Stiefel(m.radius) for m in manifolds)
     )
 
 
-def project_together(manifolds, kind: Array | None, radius: float | Array, x: Array, g: Array) -> Array:
-    """The projections of `g` onto the tangent spaces at `x`, both [*batch, n, p]; `kind` and `radius` [*batch]."""
+def project_together(manifolds, kind: Array | None, radius: float | Array, x: Array, g: Array) -> tuple[Array, Array]:
+    """The projections of `g` onto the tangent spaces at `x`, both [*batch, n, p], and their squared norms [*batch].
 
-    def project(kind, radius, x, g):
-        return _project(manifolds, kind, radius, x, g), radius
+    `kind` and `radius` are arrays [*batch].
+    """
 
-    return FIRST.give(_in_chunks(project, kind, _over(radius, x), x=FIRST.take(x), w=FIRST.take(g))[0])
+    def project(layout, x, g, kind, radius):
+        v = _Shared(manifolds, layout).project(x, g, kind, radius)
+        return v, layout.apart(lambda v: layout.sum(jnp.square(v)), v)
+
+    return _by_chunks(project, x, g, kind, radius)
 
 
 def displace_together(
@@ -48,137 +57,163 @@ def displace_together(
 ) -> tuple[Array, Array]:
     """`φ_x(v) - x` with v the tangent part of `w`, and ‖v‖/s; arrays as above, the result at `new_radius` if given."""
 
-    def displace(kind, radius, new_radius, x, w):
-        v = w if tangent else _project(manifolds, kind, radius, x, w)
-        y = _retract(manifolds, kind, radius, x, v)
-        if new_radius is not None:
-            y = y * FIRST.over_matrices(new_radius / radius)
-        return y - x, jnp.sqrt(FIRST.sum(jnp.square(v / FIRST.over_matrices(radius))))[0, 0]
+    def displace(layout, x, w, kind, radius, new_radius):
+        shared = _Shared(manifolds, layout)
+        v = w if tangent else shared.project(x, w, kind, radius)
+        return shared.displace(x, v, kind, radius, new_radius)
 
-    displacement, ratio = _in_chunks(displace, kind, _over(radius, x), new_radius, x=FIRST.take(x), w=FIRST.take(w))
-    return FIRST.give(displacement), ratio
+    return _by_chunks(displace, x, w, kind, radius, new_radius)
 
 
-def _over(radius: float | Array, x: Array) -> Array:
-    return jnp.broadcast_to(jnp.asarray(radius, x.dtype), x.shape[:-2])
+def _by_chunks(function: Callable, x: Array, w: Array, kind: Array | None, radius: float | Array, *radii: Array | None):
+    """`function(layout, x, w, kind, radius, *radii)`, of arrays in the layout: an array like `w`, a figure a matrix.
 
-
-def _in_chunks(function: Callable, kind: Array | None, *radii: Array | None, x: Array, w: Array) -> tuple[Array, Array]:
-    """`function(kind, *radii, x, w)`: an array like `w` and a figure for each matrix; chunk by chunk on CPU."""
-    number = math.prod(w.shape[2:])
+    On CPU in chunks, so that the intermediate results stay in the cache. Those of a whole network would be new to the
+    process at every call, and the page faults cost more than the arithmetic.
+    """
+    batch, layout = x.shape[:-2], layout_for(x.shape)
+    values = [kind, jnp.broadcast_to(jnp.asarray(radius, x.dtype), batch), *radii]
+    # What goes into a loop or a branch is shaped as it is in memory, or it would be copied at every turn.
+    x, w = layout.keep(x), layout.keep(w)
     # More than one batch axis means that the axes may be sharded.
-    if w.ndim > 3 or number <= _CHUNK:
-        return function(kind, *radii, x, w)
-    count = -(-number // _CHUNK)
-    size = -(-number // count)
+    chunks = chunks_of(*batch) if len(batch) == 1 else 1
 
-    def whole(w, *others):
-        return function(*others, w)
+    def whole(x, w, *values):
+        return _in_lanes(function, layout, x, w, *values)
 
-    def chunked(w, *others):
+    def chunked(x, w, *values):
+        size = batch[0] // chunks
+        part_layout = layout_for((size, *x.shape[:2]))
+
         def chunk(index, carry):
-            results, figures = carry
-            # The last chunk overlaps the one before it, and finds the same there.
-            start = jnp.minimum(index * size, number - size)
-            parts = (a if a is None else lax.dynamic_slice_in_dim(a, start, size, a.ndim - 1) for a in (*others, w))
-            # In a branch, taken always, the arithmetic cannot be fused with the slicing, with which it takes twice as
-            # long.
-            result, values = lax.cond(index < count, function, lambda *parts: (parts[-1], figures[:size]), *parts)
-            return (
-                lax.dynamic_update_slice_in_dim(results, result, start, w.ndim - 1),
-                lax.dynamic_update_slice_in_dim(figures, values, start, 0),
+            def part(a: Array) -> Array:
+                return lax.dynamic_slice_in_dim(a, index * size, size, a.ndim - 1)
+
+            # The result takes the place of what it is made from.
+            results = _in_lanes(function, part_layout, x, carry[0], *values, part=part)
+            return tuple(
+                lax.dynamic_update_slice_in_dim(a, own, index * size, a.ndim - 1)
+                for a, own in zip(carry, results, strict=True)
             )
 
-        return lax.fori_loop(0, count, chunk, (jnp.zeros_like(w), jnp.zeros(number, w.dtype)))
+        return lax.fori_loop(0, chunks, chunk, (w, jnp.zeros_like(values[1])))
 
-    return lax.platform_dependent(w, kind, *radii, x, cpu=chunked, default=whole)
-
-
-def _over_batch(matrix: Array, x: Array) -> Array:
-    return matrix.reshape(*matrix.shape, *(1,) * (x.ndim - 2))
+    results, figures = lax.platform_dependent(x, w, *values, cpu=chunked if chunks > 1 else whole, default=whole)
+    return layout.kept(results), figures
 
 
-def _project(manifolds, kind: Array | None, radius: Array, x: Array, g: Array) -> Array:
-    products = FIRST.gram(x, g)
-    diagonal = jnp.stack([products[i, i] for i in range(len(products))])
-
-    def row(i: int, j: int) -> Callable[[Manifold], Array | float]:
-        def core(manifold: Manifold) -> Array | float:
-            match manifold:
-                case Stiefel():
-                    return (products[i, j] + products[j, i]) / 2
-                case Sphere():
-                    return jnp.sum(diagonal, axis=0) if i == j else 0.0
-                case Oblique():
-                    return products[i, i] if i == j else 0.0
-            return 0.0
-
-        return core
-
-    core = _symmetric(lambda i, j: _of_kind(manifolds, kind, row(i, j), radius) / jnp.square(radius), x)
-    return g - FIRST.matmul(x, core)
+def _in_lanes(function: Callable, layout: Layout, x: Array, w: Array, *values: Array | None, part=lambda a: a):
+    """`function` of some `part` of the arrays `[n, p, *batch]`, answered in that order."""
+    x, w = (layout.apart(lambda a: layout.take_kept(part(a)), each) for each in (x, w))
+    own = (None if each is None else layout.take_values(part(each)) for each in values)
+    result, figure = function(layout, x, w, *own)
+    return layout.apart(layout.keep_given, result), layout.give_values(figure)
 
 
-def _retract(manifolds, kind: Array | None, radius: Array, x: Array, v: Array) -> Array:
-    s = _of_kind(manifolds, kind, lambda m: 1.0 if isinstance(m, Euclidean) else radius, radius)
-    s = FIRST.over_matrices(s)
-    y = _kept((x + v) / s)
-    g = FIRST.gram(y, y)
-    if not any(isinstance(manifold, Stiefel) for manifold in manifolds):
-        return s * _by_cores(manifolds, kind, x / s, y, g, g)
-    stiefel = _of_kind(manifolds, kind, lambda m: isinstance(m, Stiefel), jnp.isnan(radius))
-    furthest = largest(jnp.where(stiefel, deviation(g, FIRST)[0, 0], 0))
-    stiefel = FIRST.over_matrices(stiefel)
+class _Shared:
+    """The arithmetic of a batch on these manifolds. Every array is in `layout`, one value a matrix included."""
 
-    def by_gram(x, v, y, g):
-        del v
-        return s * _by_cores(manifolds, kind, x / s, y, g, inverse_root(g, furthest, FIRST))
+    def __init__(self, manifolds: tuple[Manifold, ...], layout: Layout):
+        self.manifolds, self.layout = manifolds, layout
+        self.stiefel = any(isinstance(manifold, Stiefel) for manifold in manifolds)
+        self.lengths = any(isinstance(manifold, (Sphere, Oblique)) for manifold in manifolds)
 
-    def by_iteration(x, v, y, g):
-        others = _by_cores(manifolds, kind, x / s, y, g, g)
-        origin = jnp.broadcast_to(_over_batch(Stiefel().origin(x.shape[:2], x.dtype), x), x.shape)
-        x, v = jnp.where(stiefel, x / s, origin), jnp.where(stiefel, v / s, 0)
-        return s * jnp.where(stiefel, iterate(x + shortened(v, FIRST), x, FIRST), others)
+    def project(self, x: Array, g: Array, kind: Array | None, radius: Array) -> Array:
+        """`g - x C(xᵀg)/s²`."""
+        layout, shape = self.layout, (x, g, kind, radius)
 
-    return lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, x, v, y, g)
+        def normal_by_columns(x, g, kind, radius):
+            return self._lengths(kind, x * g, 0.0) / jnp.square(radius)
 
+        def sum_of_products(x, g):
+            products = layout.gram(x, g)
+            return products + layout.transpose(products)
 
-def _by_cores(manifolds, kind: Array | None, x: Array, y: Array, g: Array, root: Array) -> Array:
-    """`y C(yᵀy)`, or `x` where there is no step to take because y is zero, overflows or is not a number."""
-    columns = [g[j, j] for j in range(len(g))]
-    total = functools.reduce(jnp.add, columns)
+        def tangent(x, g, kind, radius, columns, products):
+            normal = x * columns if self.lengths else jnp.zeros_like(g)
+            if self.stiefel:
+                normal = self._where_stiefel(kind, layout.matmul(x, products) / (2 * jnp.square(radius)), normal)
+            return g - normal
 
-    def squares(j: int) -> Callable[[Manifold], Array | float]:
-        # One where nothing is normalized: the polar factor of a tangent step exists, and Euclidean steps are free.
-        return lambda m: total if isinstance(m, Sphere) else columns[j] if isinstance(m, Oblique) else 1.0
+        columns = layout.apart(normal_by_columns, *shape) if self.lengths else None
+        products = layout.apart(sum_of_products, x, g) if self.stiefel else None
+        return layout.apart(tangent, *shape, columns, products)
 
-    lengths = jnp.stack([_of_kind(manifolds, kind, squares(j), total) for j in range(len(g))])
-    usable = (lengths > 0) & jnp.isfinite(lengths)
-    normalizing = _kept(1 / jnp.sqrt(jnp.where(usable, lengths, 1)))
+    def displace(self, x: Array, v: Array, kind: Array | None, radius: Array, new_radius: Array | None):
+        """`s y C(yᵀy) - x` with `y = (x + v)/s`, and ‖v‖/s."""
+        layout = self.layout
 
-    def entry(i: int, j: int) -> Array:
-        of_others = normalizing[j] if i == j else 0.0
-        return _of_kind(manifolds, kind, lambda m: root[i, j] if isinstance(m, Stiefel) else of_others, total)
+        def scaled(x, v, kind, radius):
+            return (x + v) / self._of_kind(kind, lambda m: 1.0 if isinstance(m, Euclidean) else radius, radius)
 
-    return jnp.where(usable[None], FIRST.matmul(y, _symmetric(entry, y)), x)
+        def ratio(v, radius):
+            return jnp.sqrt(layout.sum(jnp.square(v / radius)))
 
+        def furthest_of(e, kind):
+            return self._where_stiefel(kind, infinity_norm(e, layout), 0.0)
 
-def _symmetric(entry: Callable[[int, int], Array], like: Array) -> Array:
-    """The symmetric p×p matrices with these entries on and above the diagonal."""
-    columns = range(like.shape[1])
-    above = {(i, j): entry(i, j) for i in columns for j in columns if i <= j}
-    return _kept(jnp.stack([jnp.stack([above[min(i, j), max(i, j)] for j in columns]) for i in columns]))
+        y = layout.apart(scaled, x, v, kind, radius)
+        ratios = layout.apart(ratio, v, radius)
+        if not self.stiefel:
+            return self._placed(x, y, None, kind, radius, new_radius), ratios
+        e = layout.apart(lambda y: gram_less_eye(y, layout), y)
+        furthest = largest(layout.apart(furthest_of, e, kind))
 
+        def by_gram(x, v, y, e):
+            del v
+            root = inverse_root_less_eye(e, furthest, layout)
+            return self._placed(x, y, root, kind, radius, new_radius)
 
-def _of_kind(manifolds, kind: Array | None, value: Callable[[Manifold], Array | float | bool], like: Array) -> Array:
-    """`value(manifold)` for the manifold of each matrix, over the batch."""
-    selected = jnp.broadcast_to(jnp.asarray(value(manifolds[0]), like.dtype), like.shape)
-    if kind is not None:
-        for index, manifold in enumerate(manifolds[1:], start=1):
-            selected = jnp.where(kind == index, jnp.asarray(value(manifold), like.dtype), selected)
-    return selected
+        def by_iteration(x, v, y, e):
+            del e
+            origin = layout.eye(x)
+            start = self._where_stiefel(kind, x / radius, origin)
+            step = self._where_stiefel(kind, v / radius, 0.0)
+            polar = iterate(start + shortened(step, layout), start, layout)
+            y = self._where_stiefel(kind, polar, y)
+            return self._placed(x, y, jnp.zeros_like(layout.gram(y, y)), kind, radius, new_radius)
 
+        return lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, x, v, y, e), ratios
 
-def _kept(x: Array) -> Array:
-    # XLA on CPU would evaluate the entries again for each of their uses.
-    return lax.optimization_barrier(x)
+    def _placed(self, x, y, root, kind, radius, new_radius) -> Array:
+        """`s y C - x`; no step where y is zero, overflows or is not a number."""
+        layout = self.layout
+
+        def lengths(y, kind):
+            # One where nothing is normalized: the polar factor of a tangent step exists, and Euclidean steps are free.
+            squares = self._lengths(kind, jnp.square(y), 1.0)
+            usable = (squares > 0) & jnp.isfinite(squares)
+            return jnp.where(usable, 1 / jnp.sqrt(jnp.where(usable, squares, 1)), 0)
+
+        def placed(x, y, root, columns, kind, radius, new_radius):
+            s = self._of_kind(kind, lambda m: 1.0 if isinstance(m, Euclidean) else radius, radius)
+            point = y if columns is None else jnp.where(columns > 0, y * columns, x / s)
+            if self.stiefel:
+                point = self._where_stiefel(kind, y + layout.matmul(y, root), point)
+            point = s * point
+            return (point if new_radius is None else point * (new_radius / radius)) - x
+
+        columns = layout.apart(lengths, y, kind) if self.lengths else None
+        return layout.apart(placed, x, y, root, columns, kind, radius, new_radius)
+
+    def _lengths(self, kind: Array | None, entries: Array, otherwise: float) -> Array:
+        """Sums over the columns of oblique matrices and over all of those on spheres [blocks, 1, p, lanes]."""
+        columns = self.layout.sum(entries, 0)
+        total = jnp.broadcast_to(self.layout.sum(columns, 1), columns.shape)
+
+        def of(manifold: Manifold) -> Array | float:
+            return total if isinstance(manifold, Sphere) else columns if isinstance(manifold, Oblique) else otherwise
+
+        return self._of_kind(kind, of, columns)
+
+    def _where_stiefel(self, kind: Array | None, values: Array, others: Array | float) -> Array:
+        return self._of_kind(kind, lambda m: values if isinstance(m, Stiefel) else others, values)
+
+    def _of_kind(self, kind: Array | None, value: Callable[[Manifold], Array | float], like: Array) -> Array:
+        """`value(manifold)` for the manifold of each matrix."""
+        values = [value(manifold) for manifold in self.manifolds]
+        selected = jnp.asarray(values[0], like.dtype)
+        for index, other in enumerate(values):
+            if other is not values[0]:
+                selected = jnp.where(kind == index, jnp.asarray(other, like.dtype), selected)
+        return selected

@@ -9,7 +9,20 @@ from jax import lax
 from jax.scipy.sparse.linalg import gmres
 from jaxtyping import Array
 
-from ..linalg import MATRICES_LAST, Layout, cayley, expm, gram, largest, matmul, norm, orthonormalize, polar, qf, sym
+from ..linalg import (
+    MATRICES_LAST,
+    Layout,
+    cayley,
+    expm,
+    gram,
+    largest,
+    layout_for,
+    matmul,
+    norm,
+    orthonormalize,
+    polar,
+    qf,
+)
 from ._manifold import Manifold, pytree
 from ._sphere import spherical_log
 
@@ -237,7 +250,15 @@ _shooting_log.defvjp(_shooting_log_forward, _shooting_log_backward)
 
 
 def _tangent(x: Array, w: Array) -> Array:
-    return w - matmul(x, sym(gram(x, w)))
+    layout = layout_for(x.shape)
+
+    def symmetric(x, w):
+        products = layout.gram(x, w)
+        return (products + layout.transpose(products)) / 2
+
+    x, w = layout.take(x), layout.take(w)
+    core = layout.apart(symmetric, x, w)
+    return layout.give(layout.apart(lambda x, w, core: w - layout.matmul(x, core), x, w, core))
 
 
 def _carried_back(x: Array, v: Array, w: Array) -> Array:

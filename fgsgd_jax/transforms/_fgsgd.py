@@ -171,7 +171,8 @@ def fgsgd(
         like, steps, shares, norms, refused = in_compute_dtype(gradients), [], [], [], []
         for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
             x = batch.stack(points)
-            t, squares, flags = finite_matrices(batch, mixture.project(x, batch.stack(gradients)))
+            measured = mixture.measured_projection(x, batch.stack(gradients))
+            t, squares, flags = finite_matrices(batch, *measured)
             t, share, norm = normalized_groups(batch, state.groups, t, squares, rho, curvature)
             if all(isinstance(kind, Euclidean) for kind in batch.kinds):
                 t = decayed(t, x)

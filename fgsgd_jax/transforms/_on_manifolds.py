@@ -110,7 +110,8 @@ def on_manifolds(
     def projected(points: Any, leaves: Any, state: Any) -> tuple[dict[str, Array], Stacked]:
         tangents, refused = {}, []
         for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
-            tangent, _, flags = finite_matrices(batch, mixture.project(batch.stack(points), batch.stack(leaves)))
+            measured = mixture.measured_projection(batch.stack(points), batch.stack(leaves))
+            tangent, _, flags = finite_matrices(batch, *measured)
             tangents |= batch.unstack(tangent, leaves)
             refused.append((batch, flags))
         return tangents, counted(state.refused, refused)

@@ -60,8 +60,8 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
         tangents, refused = {}, []
         for batch in joined:
             x, mixture = batch.stack(points), Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
-            tangent = mixture.at(mixture.radius_of(x)).project(x, batch.stack(leaves))
-            tangent, _, flags = finite_matrices(batch, tangent)
+            measured = mixture.at(mixture.radius_of(x)).measured_projection(x, batch.stack(leaves))
+            tangent, _, flags = finite_matrices(batch, *measured)
             tangents |= batch.unstack(tangent, leaves)
             refused.append((batch, flags))
         return tangents, counted(state.refused, refused)

@@ -8,7 +8,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ..groups import Batch, Bucket, Plan, Stacked
-from ..linalg import squared_norm
 from ..manifolds import compute_dtype
 
 # The rule everywhere: a leaf whose squared norm is not finite (NaN, infinite, or a norm above 10¹⁹ in float32, after
@@ -24,9 +23,10 @@ def none_refused(plan: Plan, layout: tuple[Bucket, ...]) -> Stacked:
     return Stacked(tuple(jnp.zeros(len(names), jnp.int32) for names in paths), tuple(paths))
 
 
-def finite_matrices(batch: Batch, t: Array) -> tuple[Array, Float[Array, "*batch"], list[Bool[Array, "layers"]]]:
+def finite_matrices(
+    batch: Batch, t: Array, squares: Float[Array, "*batch"]
+) -> tuple[Array, Float[Array, "*batch"], list[Bool[Array, "layers"]]]:
     """The matrices `t`, zero in layers that are refused; their squared norms; and by bucket which layers those are."""
-    squares = squared_norm(t)
     grids = batch.grids(squares)
     usable = [jnp.isfinite(jnp.sum(grid, axis=(1, 2), keepdims=True)) for grid in grids]
     on = batch.flat([jnp.broadcast_to(layers, grid.shape) for layers, grid in zip(usable, grids, strict=True)])
