@@ -124,5 +124,5 @@ def test_gradient_through_a_shared_step():
         return jnp.sum(jnp.sin(100 * displace(w)[0]))
 
     shared = jax.jit(jax.grad(lambda w: loss(w, lambda w: mixture.displace(x, w))))(w)
-    each = jax.jit(jax.grad(lambda w: loss(w, lambda w: mixture._displace_each(x, w, None, False))))(w)
+    each = jax.jit(jax.grad(lambda w: loss(w, lambda w: mixture._displace_each(x, w, None, False, 1.0))))(w)
     np.testing.assert_allclose(shared, each, atol=1e-9)

@@ -126,7 +126,8 @@ class Batch:
             return values[0]
         dtype = max((value.dtype for value in values), key=lambda dtype: dtype.itemsize)
         flat = [value.reshape(-1).astype(dtype) for value in values]
-        return jnp.concatenate([*flat, *repeated(flat, self._shape[0])])
+        layout = layout_for(self._shape)
+        return layout.apart(lambda *flat: jnp.concatenate([*flat, *repeated(flat, self._shape[0])]), *flat)
 
     def grids(self, values: Shaped[Array, "*batch"]) -> list[Shaped[Array, "layers inputs outputs"]]:
         """The values of the batch's matrices by bucket: undoes `flat`."""

@@ -17,6 +17,8 @@ from ._newton_schulz import (
     inverse_root_less_eye as inverse_root_less_eye,
     iterate as iterate,
     orthonormalize as orthonormalize,
+    orthonormalize_sum as orthonormalize_sum,
+    shortened as shortened,
 )
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import polar as polar

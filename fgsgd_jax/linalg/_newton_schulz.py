@@ -1,13 +1,17 @@
 """Polar factor of a well-conditioned matrix, by products alone."""
 
+import operator
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from ._largest import largest
+from ._norm import norm
 from ._polar import polar_differential
-from ._products import Layout, layout_for
+from ._products import MATRICES_LAST, Layout, layout_for
 
 # One quintic step maps the Gram's deviation e = ‖yᵀy - I‖ to 5/8 e³ (to leading order). So for float32 one step
 # is enough below the first bound, two below the second, three below the third; float64 takes one more. The polynomial
@@ -31,20 +35,44 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
     The order is a decision at run time, inside jit; under `vmap` all branches run.
     """
     layout = layout_for(y.shape)
-    y, fallback = layout.take(y), layout.take(fallback)
+    return layout.give(_orthonormalized(layout.take(y), fallback, lambda y: y, y, layout=layout))
+
+
+@jax.custom_jvp
+def orthonormalize_sum(x: Float[Array, "*batch n p"], v: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
+    """`orthonormalize` of `x + v`, or `x`, which is orthonormal, where there is no polar factor.
+
+    Where `v` is longer than eps^-½, it is cut to that: beyond, x is lost to round-off in x + v and with it the rank.
+    """
+    layout = layout_for(x.shape)
+    y = layout.apart(operator.add, layout.apart(layout.take, x), layout.take(v))
+    return layout.give(_orthonormalized(y, x, lambda x, v: x + shortened(v), x, v, layout=layout))
+
+
+def _orthonormalized(y: Array, fallback: Array, far: Callable[..., Array], *args: Array, layout: Layout) -> Array:
+    """The polar factor of `y`, which is that of `far(*args)` and found from it where it is far from orthonormal.
+
+    `y` and the answer are in the layout, all other matrices are not.
+    """
     e = layout.apart(lambda y: gram_less_eye(y, layout), y)
     furthest = largest(layout.apart(lambda e: infinity_norm(e, layout), e))
 
-    def by_gram(y, e, fallback):
-        del fallback
+    def by_gram(y, e, fallback, *args):
+        del fallback, args
         root = inverse_root_less_eye(e, furthest, layout)
         return layout.apart(lambda y, root: layout.matmul(y, root + layout.eye(root)), y, root)
 
-    def by_iteration(y, e, fallback):
-        del e
-        return iterate(y, fallback, layout)
+    def by_iteration(y, e, fallback, *args):
+        del y, e
+        return iterate(layout.take(far(*args)), layout.take(fallback), layout)
 
-    return layout.give(lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, y, e, fallback))
+    return lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, y, e, fallback, *args)
+
+
+def shortened(v: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
+    """`v` cut to length eps^-½."""
+    longest = jnp.finfo(v.dtype).eps ** -0.5
+    return v * (longest / jnp.maximum(norm(v, (-2, -1), keepdims=True), longest))
 
 
 def gram_less_eye(y: Array, layout: Layout) -> Array:
@@ -65,8 +93,9 @@ def inverse_root_less_eye(e: Array, furthest: Float[Array, ""], layout: Layout) 
     beside its ones are lost from their sum, and all in one direction, which is 3e-6 of the diagonal at p = 256.
     """
     factor, square = _quintic_less_eye(e, layout)
-    # Of large matrices a much lower bound of the spectral norm.
-    furthest = jnp.minimum(furthest, jnp.sqrt(largest(layout.apart(lambda a: infinity_norm(a, layout), square))))
+    if layout is MATRICES_LAST:
+        # Of large matrices a much lower bound of the spectral norm.
+        furthest = jnp.minimum(furthest, jnp.sqrt(largest(infinity_norm(square, layout))))
     exact = e.dtype == jnp.float64
     steps = 1 + exact + sum(jnp.int32(furthest > bound) for bound in _STEPS_FOR_DEVIATION[:-1])
 
@@ -150,3 +179,10 @@ def _orthonormalize_jvp(primals, tangents):
     y, fallback = primals
     u = orthonormalize(y, fallback)
     return u, polar_differential(u, y, tangents[0])
+
+
+@orthonormalize_sum.defjvp
+def _orthonormalize_sum_jvp(primals, tangents):
+    x, v = primals
+    u = orthonormalize_sum(x, v)
+    return u, polar_differential(u, x + shortened(v), tangents[0] + tangents[1])

@@ -51,15 +51,16 @@ class Mixture:
         w: Float[Array, "*b n p"],
         radius: Float[Array, "*b"] | None = None,
         tangent: bool = False,
+        factor: float | Float[Array, ""] = 1.0,
     ) -> tuple[Float[Array, "*b n p"], Float[Array, "*b"]]:
-        """The displacement `φ_x(v) - x` along the tangent part v of `w`, and ‖v‖_F/s (0 for Euclidean matrices).
+        """The displacement `φ_x(v) - x`, v being `factor` times the tangent part of `w`, and ‖v‖_F/s (0 if Euclidean).
 
         The point reached is set to the new `radius` if that is given. `tangent` says that `w` has no other part.
         """
         if share_products(self.manifolds, x.shape):
-            displacement, ratio = _displace(self.manifolds, tangent, self.kind, self.radius, x, w, radius)
+            displacement, ratio = _displace(self.manifolds, tangent, self.kind, self.radius, x, w, radius, factor)
         else:
-            displacement, ratio = self._displace_each(x, w, radius, tangent)
+            displacement, ratio = self._displace_each(x, w, radius, tangent, factor)
         return displacement, self.constrained(ratio)
 
     def nearest(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
@@ -93,7 +94,9 @@ class Mixture:
         x = ones[..., None, None]
         return self._select(lambda m, _, x: 0 * ones if isinstance(m, Euclidean) else ones, x)
 
-    def _displace_each(self, x: Array, w: Array, radius: Array | None, tangent: bool) -> tuple[Array, Array]:
+    def _displace_each(
+        self, x: Array, w: Array, radius: Array | None, tangent: bool, factor: float | Array
+    ) -> tuple[Array, Array]:
         def retract(manifold, on, x, v):
             if on is not None:
                 # A retraction may choose its algorithm by the largest step of the batch: show it its own steps only.
@@ -103,7 +106,7 @@ class Mixture:
                 manifold = manifold.with_radius(jnp.where(on[..., 0, 0], manifold.radius, 1))
             return manifold.retract(x, v)
 
-        v = w if tangent else self.project(x, w)
+        v = factor * (w if tangent else self.project(x, w))
         y = self._select(retract, x, v)
         if radius is not None:
             y = y * (radius / self.radius)[..., None, None]
@@ -121,14 +124,14 @@ class Mixture:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _displace(manifolds, tangent: bool, kind, at, x: Array, w: Array, radius: Array | None) -> tuple[Array, Array]:
-    return displace_together(manifolds, kind, at, x, w, radius, tangent)
+def _displace(manifolds, tangent: bool, kind, at, x, w, radius, factor) -> tuple[Array, Array]:
+    return displace_together(manifolds, kind, at, x, w, radius, factor, tangent)
 
 
 @_displace.defjvp
 def _displace_jvp(manifolds, tangent, primals, tangents):
     # The number of steps is found at run time and has no derivative; the manifolds' own retractions have one.
-    def displace_each(kind, at, x, w, radius):
-        return Mixture(manifolds, kind, at)._displace_each(x, w, radius, tangent)
+    def displace_each(kind, at, x, w, radius, factor):
+        return Mixture(manifolds, kind, at)._displace_each(x, w, radius, tangent, factor)
 
     return _displace(manifolds, tangent, *primals), jax.jvp(displace_each, primals, tangents)[1]

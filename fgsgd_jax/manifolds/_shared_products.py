@@ -22,12 +22,13 @@ from ..linalg import (
     iterate,
     largest,
     layout_for,
+    shortened,
 )
 from ._euclidean import Euclidean
 from ._manifold import Manifold
 from ._oblique import Oblique
 from ._sphere import Sphere
-from ._stiefel import Stiefel, shortened
+from ._stiefel import Stiefel
 
 
 def share_products(manifolds: tuple[Manifold, ...], shape: tuple[int, ...]) -> bool:
@@ -45,22 +46,28 @@ def project_together(manifolds, kind: Array | None, radius: float | Array, x: Ar
     `kind` and `radius` are arrays [*batch].
     """
 
-    def project(layout, x, g, kind, radius):
-        v = _Shared(manifolds, layout).project(x, g, kind, radius)
+    def project(layout, x, g, kind, radius, inverse):
+        v = _Shared(manifolds, layout, kind, radius, inverse).project(x, g)
         return v, layout.apart(lambda v: layout.sum(jnp.square(v)), v)
 
     return _by_chunks(project, x, g, kind, radius)
 
 
 def displace_together(
-    manifolds, kind: Array | None, radius: float | Array, x: Array, w: Array, new_radius: Array | None, tangent: bool
+    manifolds,
+    kind: Array | None,
+    radius: float | Array,
+    x: Array,
+    w: Array,
+    new_radius: Array | None,
+    factor: float | Array,
+    tangent: bool,
 ) -> tuple[Array, Array]:
-    """`φ_x(v) - x` with v the tangent part of `w`, and ‖v‖/s; arrays as above, the result at `new_radius` if given."""
+    """`φ_x(v) - x` with v `factor` times the tangent part of `w`, and ‖v‖/s; the result at `new_radius` if given."""
 
-    def displace(layout, x, w, kind, radius, new_radius):
-        shared = _Shared(manifolds, layout)
-        v = w if tangent else shared.project(x, w, kind, radius)
-        return shared.displace(x, v, kind, radius, new_radius)
+    def displace(layout, x, w, kind, radius, inverse, growth):
+        shared = _Shared(manifolds, layout, kind, radius, inverse)
+        return shared.displace(x, w if tangent else shared.project(x, w), jnp.asarray(factor, x.dtype), growth)
 
     return _by_chunks(displace, x, w, kind, radius, new_radius)
 
@@ -72,7 +79,9 @@ def _by_chunks(function: Callable, x: Array, w: Array, kind: Array | None, radiu
     process at every call, and the page faults cost more than the arithmetic.
     """
     batch, layout = x.shape[:-2], layout_for(x.shape)
-    values = [kind, jnp.broadcast_to(jnp.asarray(radius, x.dtype), batch), *radii]
+    radius = jnp.broadcast_to(jnp.asarray(radius, x.dtype), batch)
+    # Divided once, not for every entry.
+    values = [kind, radius, 1 / radius, *(each if each is None else each / radius for each in radii)]
     # What goes into a loop or a branch is shaped as it is in memory, or it would be copied at every turn.
     x, w = layout.keep(x), layout.keep(w)
     # More than one batch axis means that the axes may be sharded.
@@ -111,92 +120,93 @@ def _in_lanes(function: Callable, layout: Layout, x: Array, w: Array, *values: A
 
 
 class _Shared:
-    """The arithmetic of a batch on these manifolds. Every array is in `layout`, one value a matrix included."""
+    """The arithmetic of a batch on these manifolds. Every array is in `layout`, one value a matrix included.
 
-    def __init__(self, manifolds: tuple[Manifold, ...], layout: Layout):
+    `inverse` is 1/radius.
+    """
+
+    def __init__(self, manifolds, layout: Layout, kind: Array | None, radius: Array, inverse: Array):
         self.manifolds, self.layout = manifolds, layout
+        self.kind, self.radius, self.inverse = kind, radius, inverse
         self.stiefel = any(isinstance(manifold, Stiefel) for manifold in manifolds)
         self.lengths = any(isinstance(manifold, (Sphere, Oblique)) for manifold in manifolds)
 
-    def project(self, x: Array, g: Array, kind: Array | None, radius: Array) -> Array:
+    def project(self, x: Array, g: Array) -> Array:
         """`g - x C(xᵀg)/s²`."""
-        layout, shape = self.layout, (x, g, kind, radius)
+        layout = self.layout
 
-        def normal_by_columns(x, g, kind, radius):
-            return self._lengths(kind, x * g, 0.0) / jnp.square(radius)
+        def by_columns(x, g):
+            return self._lengths(x * g, 0.0) * jnp.square(self.inverse)
 
         def sum_of_products(x, g):
             products = layout.gram(x, g)
             return products + layout.transpose(products)
 
-        def tangent(x, g, kind, radius, columns, products):
+        def tangent(x, g, columns, products):
             normal = x * columns if self.lengths else jnp.zeros_like(g)
             if self.stiefel:
-                normal = self._where_stiefel(kind, layout.matmul(x, products) / (2 * jnp.square(radius)), normal)
+                normal = self._where_stiefel(layout.matmul(x, products) * (jnp.square(self.inverse) / 2), normal)
             return g - normal
 
-        columns = layout.apart(normal_by_columns, *shape) if self.lengths else None
+        columns = layout.apart(by_columns, x, g) if self.lengths else None
         products = layout.apart(sum_of_products, x, g) if self.stiefel else None
-        return layout.apart(tangent, *shape, columns, products)
+        return layout.apart(tangent, x, g, columns, products)
 
-    def displace(self, x: Array, v: Array, kind: Array | None, radius: Array, new_radius: Array | None):
-        """`s y C(yᵀy) - x` with `y = (x + v)/s`, and ‖v‖/s."""
+    def displace(self, x: Array, v: Array, factor: Array, growth: Array | None) -> tuple[Array, Array]:
+        """`s y C(yᵀy) - x` with `y = (x + factor v)/s`, the first term times `growth` if given, and factor ‖v‖/s."""
         layout = self.layout
 
-        def scaled(x, v, kind, radius):
-            return (x + v) / self._of_kind(kind, lambda m: 1.0 if isinstance(m, Euclidean) else radius, radius)
+        def scaled(x, v, factor):
+            return (x + factor * v) * self._but_euclidean(self.inverse)
 
-        def ratio(v, radius):
-            return jnp.sqrt(layout.sum(jnp.square(v / radius)))
+        def ratio(v, factor):
+            return jnp.sqrt(layout.sum(jnp.square(v * (factor * self.inverse))))
 
-        def furthest_of(e, kind):
-            return self._where_stiefel(kind, infinity_norm(e, layout), 0.0)
+        def furthest_of(e):
+            return self._where_stiefel(infinity_norm(e, layout), 0.0)
 
-        y = layout.apart(scaled, x, v, kind, radius)
-        ratios = layout.apart(ratio, v, radius)
+        y = layout.apart(scaled, x, v, factor)
+        ratios = layout.apart(ratio, v, factor)
         if not self.stiefel:
-            return self._placed(x, y, None, kind, radius, new_radius), ratios
+            return self._placed(x, y, None, growth), ratios
         e = layout.apart(lambda y: gram_less_eye(y, layout), y)
-        furthest = largest(layout.apart(furthest_of, e, kind))
+        furthest = largest(layout.apart(furthest_of, e))
 
         def by_gram(x, v, y, e):
             del v
-            root = inverse_root_less_eye(e, furthest, layout)
-            return self._placed(x, y, root, kind, radius, new_radius)
+            return self._placed(x, y, inverse_root_less_eye(e, furthest, layout), growth)
 
         def by_iteration(x, v, y, e):
-            del e
-            origin = layout.eye(x)
-            start = self._where_stiefel(kind, x / radius, origin)
-            step = self._where_stiefel(kind, v / radius, 0.0)
-            polar = iterate(start + shortened(step, layout), start, layout)
-            y = self._where_stiefel(kind, polar, y)
-            return self._placed(x, y, jnp.zeros_like(layout.gram(y, y)), kind, radius, new_radius)
+            start = self._where_stiefel(x * self.inverse, layout.eye(x))
+            step = self._where_stiefel(v * (factor * self.inverse), 0.0)
+            polar = iterate(start + layout.take(shortened(layout.give(step))), start, layout)
+            return self._placed(x, self._where_stiefel(polar, y), jnp.zeros_like(e), growth)
 
         return lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, x, v, y, e), ratios
 
-    def _placed(self, x, y, root, kind, radius, new_radius) -> Array:
+    def _placed(self, x: Array, y: Array, root: Array | None, growth: Array | None) -> Array:
         """`s y C - x`; no step where y is zero, overflows or is not a number."""
         layout = self.layout
 
-        def lengths(y, kind):
+        def normalizing(y):
             # One where nothing is normalized: the polar factor of a tangent step exists, and Euclidean steps are free.
-            squares = self._lengths(kind, jnp.square(y), 1.0)
+            squares = self._lengths(jnp.square(y), 1.0)
             usable = (squares > 0) & jnp.isfinite(squares)
             return jnp.where(usable, 1 / jnp.sqrt(jnp.where(usable, squares, 1)), 0)
 
-        def placed(x, y, root, columns, kind, radius, new_radius):
-            s = self._of_kind(kind, lambda m: 1.0 if isinstance(m, Euclidean) else radius, radius)
-            point = y if columns is None else jnp.where(columns > 0, y * columns, x / s)
-            if self.stiefel:
-                point = self._where_stiefel(kind, y + layout.matmul(y, root), point)
-            point = s * point
-            return (point if new_radius is None else point * (new_radius / radius)) - x
+        def placed(x, y, root, columns):
+            point = y
+            if columns is not None:
+                point = jnp.where(columns > 0, y * columns, x * self._but_euclidean(self.inverse))
+            if root is not None:
+                point = self._where_stiefel(y + layout.matmul(y, root), point)
+            point = point * self._but_euclidean(self.radius)
+            return (point if growth is None else point * growth) - x
 
-        columns = layout.apart(lengths, y, kind) if self.lengths else None
-        return layout.apart(placed, x, y, root, columns, kind, radius, new_radius)
+        columns = layout.apart(normalizing, y) if self.lengths else None
+        return layout.apart(placed, x, y, root, columns)
 
-    def _lengths(self, kind: Array | None, entries: Array, otherwise: float) -> Array:
+    def _lengths(self, entries: Array, otherwise: float) -> Array:
         """Sums over the columns of oblique matrices and over all of those on spheres [blocks, 1, p, lanes]."""
         columns = self.layout.sum(entries, 0)
         total = jnp.broadcast_to(self.layout.sum(columns, 1), columns.shape)
@@ -204,16 +214,19 @@ class _Shared:
         def of(manifold: Manifold) -> Array | float:
             return total if isinstance(manifold, Sphere) else columns if isinstance(manifold, Oblique) else otherwise
 
-        return self._of_kind(kind, of, columns)
+        return self._of_kind(of, columns)
 
-    def _where_stiefel(self, kind: Array | None, values: Array, others: Array | float) -> Array:
-        return self._of_kind(kind, lambda m: values if isinstance(m, Stiefel) else others, values)
+    def _but_euclidean(self, values: Array) -> Array:
+        return self._of_kind(lambda manifold: 1.0 if isinstance(manifold, Euclidean) else values, values)
 
-    def _of_kind(self, kind: Array | None, value: Callable[[Manifold], Array | float], like: Array) -> Array:
+    def _where_stiefel(self, values: Array, others: Array | float) -> Array:
+        return self._of_kind(lambda manifold: values if isinstance(manifold, Stiefel) else others, values)
+
+    def _of_kind(self, value: Callable[[Manifold], Array | float], like: Array) -> Array:
         """`value(manifold)` for the manifold of each matrix."""
         values = [value(manifold) for manifold in self.manifolds]
         selected = jnp.asarray(values[0], like.dtype)
         for index, other in enumerate(values):
             if other is not values[0]:
-                selected = jnp.where(kind == index, jnp.asarray(other, like.dtype), selected)
+                selected = jnp.where(self.kind == index, jnp.asarray(other, like.dtype), selected)
         return selected

@@ -10,8 +10,6 @@ from jax.scipy.sparse.linalg import gmres
 from jaxtyping import Array
 
 from ..linalg import (
-    MATRICES_LAST,
-    Layout,
     cayley,
     expm,
     gram,
@@ -20,8 +18,10 @@ from ..linalg import (
     matmul,
     norm,
     orthonormalize,
+    orthonormalize_sum,
     polar,
     qf,
+    shortened,
 )
 from ._manifold import Manifold, pytree
 from ._sphere import spherical_log
@@ -81,10 +81,10 @@ class Stiefel(Manifold):
 
     def _retract(self, x, v):
         x, v, back = _tall(x, v)
-        v = shortened(v, MATRICES_LAST)
+        if self.retraction == "polar":
+            return back(orthonormalize_sum(x, v))
+        v = shortened(v)
         match self.retraction:
-            case "polar":
-                return back(orthonormalize(x + v, x))
             case "qr":
                 y = x + v
                 usable = jnp.all(jnp.isfinite(y), axis=(-2, -1), keepdims=True)
@@ -155,12 +155,6 @@ def _tall(*arrays: Array):
     if arrays[0].shape[-2] >= arrays[0].shape[-1]:
         return *arrays, lambda x: x
     return *(jnp.swapaxes(x, -1, -2) for x in arrays), lambda x: jnp.swapaxes(x, -1, -2)
-
-
-def shortened(v: Array, layout: Layout) -> Array:
-    """`v` cut to length eps^-½: beyond, x is lost to round-off in x + v and with it the rank of the sum."""
-    longest = jnp.finfo(v.dtype).eps ** -0.5
-    return v * (longest / jnp.maximum(norm(v, layout.axes, keepdims=True), longest))
 
 
 def _geodesic(x: Array, v: Array) -> Array:
@@ -256,7 +250,7 @@ def _tangent(x: Array, w: Array) -> Array:
         products = layout.gram(x, w)
         return (products + layout.transpose(products)) / 2
 
-    x, w = layout.take(x), layout.take(w)
+    x, w = layout.apart(layout.take, x), layout.apart(layout.take, w)
     core = layout.apart(symmetric, x, w)
     return layout.give(layout.apart(lambda x, w, core: w - layout.matmul(x, core), x, w, core))
 

@@ -100,21 +100,21 @@ def fgsgd(
     layout = buckets(plan)
     joined = batches(plan, layout)
     scale = Scale(plan, layout, every, lambda_floor, max_change, warmup, radii)
-    inner = optax.scale_by_learning_rate(learning_rate)
-    if momentum is not None:
-        inner = optax.chain(optax.trace(momentum, nesterov), inner)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    trace = None if momentum is None else optax.trace(momentum, nesterov)
 
     def init(params: Any) -> Any:
         leaves = constrained_leaves(params, plan, "parameters", "fg.fgsgd")
         check_on_manifold(params, plan, "fg.fgsgd", radii)
         kinds = kinds_of(plan, layout)
         started = scale.init(kinds, leaves)
+        kept = as_kept(in_compute_dtype(leaves))
         return FgsgdState(
             kinds=kinds,
             groups=groups_of(plan, layout),
             radii=started.radii,
             lambdas=started.lambdas,
-            inner=inner.init(as_kept(in_compute_dtype(leaves))),
+            inner=rate.init(kept) if trace is None else (trace.init(kept), rate.init(kept)),
             zeta_share=zeros(layout, leaves),
             grad_norm=zeros(layout, leaves),
             step_ratio=zeros(layout, leaves),
@@ -126,7 +126,7 @@ def fgsgd(
         return {path: x.astype(compute_dtype(x.dtype)) if path in plan.collections else x for path, x in leaves.items()}
 
     def as_kept(leaves: dict[str, Array]) -> Kept:
-        """The leaves as momentum and learning rate see them."""
+        """The leaves as momentum sees them."""
         others = {path: x for path, x in leaves.items() if path not in plan.collections}
         return Kept(others, tuple(batch.kept_leaves(leaves) for batch in joined))
 
@@ -145,13 +145,19 @@ def fgsgd(
         others, refused = finite_others(gradients, plan, refused)
         free = {path: g for path, g in (gradients | others).items() if path not in plan.collections}
         free = {path: decayed(g, points[path]) for path, g in free.items()}
-        moved: Any
-        moved, inner_state = inner.update(Kept(free, steps), state.inner)
+        moved: Any = Kept(free, steps)
+        traced, rated = (None, state.inner) if trace is None else state.inner
+        if trace is not None:
+            moved, traced = trace.update(moved, traced)
+        # Of the rate what it makes of one: matrices are multiplied by it where they are read anyway.
+        ones = tuple(jnp.ones((), batch.dtype(points)) for batch in joined)
+        (others, factors), rated = rate.update((moved.others, ones), rated)
         displacements, rescaled, ratios = automatic(
             displaced,
             points,
             gradients,
             moved.batches,
+            factors,
             own,
             feature_moments,
             like=(whole, state.scale, state.step_ratio),
@@ -159,13 +165,13 @@ def fgsgd(
         state = state._replace(
             radii=rescaled.radii,
             lambdas=rescaled.lambdas,
-            inner=inner_state,
+            inner=rated if trace is None else (traced, rated),
             zeta_share=shares,
             grad_norm=norms,
             step_ratio=ratios,
             refused=refused,
         )
-        return from_paths(moved.others | displacements, updates), state
+        return from_paths(others | displacements, updates), state
 
     def normalized(points: Any, gradients: Any, state: Any, rho: Scalar, curvature: Scalar) -> Any:
         like, steps, shares, norms, refused = in_compute_dtype(gradients), [], [], [], []
@@ -183,13 +189,13 @@ def fgsgd(
         shares, norms = figures(state.zeta_share, shares), figures(state.grad_norm, norms)
         return tuple(steps), shares, norms, counted(state.refused, refused)
 
-    def displaced(points: Any, gradients: Any, moved: Any, state: Any, feature_moments: Any) -> Any:
+    def displaced(points: Any, gradients: Any, moved: Any, factors: Any, state: Any, feature_moments: Any) -> Any:
         rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []
         mixtures = mixtures_of(joined, state.kinds, state.radii)
-        for batch, mixture, own in zip(joined, mixtures, moved, strict=True):
+        for batch, mixture, own, factor in zip(joined, mixtures, moved, factors, strict=True):
             radius = batch.flat(batch.own(rescaled.radii.values)) if scale.measures else None
-            v = batch.kept(own)
-            displacement, ratio = displace(batch, mixture, batch.stack(points), v, radius, momentum is None, share_out)
+            x, v, tangent = batch.stack(points), batch.kept(own), trace is None
+            displacement, ratio = displace(batch, mixture, x, v, radius, tangent, share_out, factor)
             displacements |= batch.unstack(displacement, wider(points, gradients))
             ratios.append((batch, largest_by_layer(batch, ratio)))
         return displacements, rescaled, figures(state.step_ratio, ratios)

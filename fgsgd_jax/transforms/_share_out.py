@@ -20,6 +20,7 @@ def displace(
     radius: Float[Array, "*b"] | None,
     tangent: bool,
     share_out: Mesh | None,
+    factor: float | Array = 1.0,
 ) -> tuple[Float[Array, "*b n p"], Float[Array, "*b"]]:
     """`mixture.displace`, each device of the mesh with its part of the matrices.
 
@@ -27,8 +28,8 @@ def displace(
     left as they are.
     """
     if share_out is None or not batch.joined or len(x) == 1 or layout_for(x.shape) is not MATRICES_LAST:
-        return mixture.displace(x, w, radius, tangent)
-    count, part = len(x), PartitionSpec(share_out.axis_names)
+        return mixture.displace(x, w, radius, tangent, factor)
+    w, count, part = factor * w, len(x), PartitionSpec(share_out.axis_names)
 
     # Around explicit axes `automatic` has made a context in which the mesh has automatic ones.
     mesh = share_out if jax.sharding.get_abstract_mesh().empty else None
