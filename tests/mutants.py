@@ -21,6 +21,7 @@ GROUPS = "tests/test_transforms.py::test_zeta_is_of_the_group_and_of_the_tangent
 TANGENT = "tests/test_manifolds.py::test_tangent_laws"
 RETRACTION = "tests/test_manifolds.py::test_retraction_laws"
 SHARED = "tests/test_mixture.py::test_shared_projection_is_that_of_each_manifold"
+LAYOUTS = "tests/test_linalg.py::test_layouts_multiply_sum_and_give_back"
 REFERENCE = "tests/test_transforms.py::test_fifty_steps_beside_the_reference"
 DECAY = "tests/test_transforms.py::test_weight_decay_acts_on_euclidean_leaves_only"
 TAKEN = "tests/test_hard_gradients.py::test_weights_stay_finite_and_on_their_manifolds"
@@ -44,39 +45,40 @@ MUTANTS = [
         "sign of the sphere's projection",
         (
             "manifolds/_sphere.py",
-            "return g - total(x * g, axes) * x",
-            "return g + total(x * g, axes) * x",
+            "return g - total(x * g, self._axes) * x",
+            "return g + total(x * g, self._axes) * x",
         ),
         by=TANGENT,
     ),
     mutant(
         "sign of the shared projection",
-        ("manifolds/_shared_products.py", "return g - FIRST.matmul(x, core)", "return g + FIRST.matmul(x, core)"),
+        ("manifolds/_shared_products.py", "return g - normal", "return g + normal"),
         by=SHARED,
     ),
     mutant(
         "sym without its half, shared",
-        (
-            "manifolds/_shared_products.py",
-            "(products[i, j] + products[j, i]) / 2",
-            "(products[i, j] + products[j, i])",
-        ),
+        ("linalg/_products.py", "return (a + self.transpose(a)) / 2", "return a + self.transpose(a)"),
         by=SHARED,
     ),
     mutant(
         "skew for sym, shared",
-        ("manifolds/_shared_products.py", "(products[i, j] + products[j, i])", "(products[i, j] - products[j, i])"),
+        ("linalg/_products.py", "return (a + self.transpose(a)) / 2", "return (a - self.transpose(a)) / 2"),
         by=SHARED,
     ),
     mutant(
         "sym without its half",
-        ("linalg/_products.py", "return (a + jnp.swapaxes(a, -1, -2)) / 2", "return a + jnp.swapaxes(a, -1, -2)"),
+        ("linalg/_products.py", "return (a + self.transpose(a)) / 2", "return a + self.transpose(a)"),
         by=TANGENT,
     ),
     mutant(
         "skew for sym",
-        ("linalg/_products.py", "return (a + jnp.swapaxes(a, -1, -2)) / 2", "return (a - jnp.swapaxes(a, -1, -2)) / 2"),
+        ("linalg/_products.py", "return (a + self.transpose(a)) / 2", "return (a - self.transpose(a)) / 2"),
         by=TANGENT,
+    ),
+    mutant(
+        "skew for sym, far apart",
+        ("linalg/_products.py", "return (a + _row_major(", "return (a - _row_major("),
+        by=LAYOUTS,
     ),
     mutant("oblique by rows", ("manifolds/_oblique.py", "_axes = (-2,)", "_axes = (-1,)"), by=(TANGENT, RETRACTION)),
     mutant(
@@ -99,7 +101,7 @@ MUTANTS = [
     ),
     mutant(
         "radius forgotten in shared projections",
-        ("manifolds/_shared_products.py", "/ jnp.square(radius), x)", "/ radius, x)"),
+        ("manifolds/_shared_products.py", "products) * jnp.square(self.inverse)", "products) * self.inverse"),
         by=SHARED,
     ),
     mutant(
@@ -107,8 +109,9 @@ MUTANTS = [
         ("transforms/_fgsgd.py", "t, share, norm = normalized_groups(", "_, share, norm = normalized_groups("),
         (
             "transforms/_fgsgd.py",
-            "v = batch.kept(own)",
-            "v = batch.kept(own); squares = jnp.sum(v**2, (-2, -1)) / 0.2**2; "
+            "x, v, tangent = batch.stack(points), batch.kept(own), trace is None",
+            "x, v, tangent = batch.stack(points), batch.kept(own), trace is None; "
+            "squares = jnp.sum(v**2, (-2, -1)); "
             "v = normalized_groups(batch, state.groups, v, squares, rho, curvature)[0]",
         ),
         by="tests/test_transforms.py::test_chain_is_fgsgd",
@@ -150,7 +153,7 @@ MUTANTS = [
     ),
     mutant(
         "momentum not projected on use",
-        ("transforms/_fgsgd.py", "radius, momentum is None, share_out", "radius, True, share_out"),
+        ("transforms/_fgsgd.py", "x, v, radius, tangent, share_out", "x, v, radius, True, share_out"),
         by="tests/test_transforms.py::test_chain_is_fgsgd",
     ),
     mutant(

@@ -1,5 +1,6 @@
 """Matrix functions against SciPy and NumPy in float64, and on the inputs where such functions break."""
 
+import math
 import os
 import subprocess
 import sys
@@ -238,8 +239,48 @@ def test_products():
     c = rng.standard_normal((5, 3, 2))
     np.testing.assert_allclose(linalg.gram(jnp.asarray(a), jnp.asarray(b)), h.transpose(a) @ b, atol=1e-14)
     np.testing.assert_allclose(linalg.matmul(jnp.asarray(a), jnp.asarray(c)), a @ c, atol=1e-14)
-    square = rng.standard_normal((5, 3, 3))
-    np.testing.assert_array_equal(linalg.sym(jnp.asarray(square)), h.sym(square))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3), (2, 70, 70), (1024, 3, 3), (4, 300, 3, 3)], ids=str)
+def test_layouts_multiply_sum_and_give_back(shape):
+    """Few, large and many small matrices, with one batch axis and with two, of which the longer has the lanes."""
+    rng = np.random.default_rng(10)
+    a, b = (rng.standard_normal(shape) for _ in range(2))
+    layout = linalg.layout_for(shape)
+    x, y = layout.take(jnp.asarray(a)), layout.take(jnp.asarray(b))
+    for found, expected in {
+        "give": (x, a),
+        "keep": (layout.take_kept(layout.keep(jnp.asarray(a))), a),
+        "matmul": (layout.matmul(x, y), a @ b),
+        "gram": (layout.gram(x, y), h.transpose(a) @ b),
+        "symmetric": (layout.symmetric(x), h.sym(a)),
+        "eye": (0 * x + layout.eye(x), np.broadcast_to(np.eye(shape[-1]), shape)),
+        "rows": (0 * x + layout.sum(x, 0), np.broadcast_to(a.sum(-2, keepdims=True), shape)),
+        "all": (x * 0 + layout.sum(x), np.broadcast_to(a.sum((-2, -1), keepdims=True), shape)),
+        "max": (x * 0 + layout.max(jnp.abs(x)), np.broadcast_to(np.abs(a).max((-2, -1), keepdims=True), shape)),
+        "values": (x * layout.take_values(jnp.asarray(b[..., 0, 0])), a * b[..., :1, :1]),
+        "apart": (layout.apart(lambda x, y: x - y, x, y), a - b),
+    }.values():
+        np.testing.assert_allclose(layout.give(found), expected, atol=1e-13)
+    np.testing.assert_array_equal(layout.keep_given(x), layout.keep(jnp.asarray(a)))
+    values = layout.give_values(layout.take_values(jnp.asarray(b[..., 0, 0])))
+    np.testing.assert_array_equal(values, b[..., 0, 0])
+
+
+@pytest.mark.parametrize("count", [1000, 1030, 9000])
+def test_joined_matrices_come_apart_again(count):
+    """Filled up with the first ones to a number that is handled well."""
+    rng = np.random.default_rng(11)
+    batches = [(10, count // 20), (3,), (2, count // 2 - 10 * (count // 20))]
+    parts = [rng.standard_normal((*batch, 3, 3)) for batch in batches]
+    total = sum(math.prod(batch) for batch in batches)
+    filled = linalg.filled_up((total, 3, 3))
+    layout = linalg.layout_for((filled, 3, 3))
+    joined = layout.join([jnp.asarray(part) for part in parts])
+    whole = np.concatenate([part.reshape(-1, 3, 3) for part in parts])
+    np.testing.assert_array_equal(joined, np.resize(whole, (filled, 3, 3)))
+    for found, part in zip(layout.split(joined, batches), parts, strict=True):
+        np.testing.assert_array_equal(found, part)
 
 
 @pytest.mark.parametrize("name", ["matmul", "gram", "polar", "qf", "cayley", "expm", "orthonormalize"])

@@ -11,14 +11,13 @@ from ._expm import expm as expm
 from ._gram_iteration import gram_iteration as gram_iteration
 from ._largest import largest as largest
 from ._newton_schulz import (
-    LARGEST_DEVIATION as LARGEST_DEVIATION,
     gram_less_eye as gram_less_eye,
-    infinity_norm as infinity_norm,
-    inverse_root_less_eye as inverse_root_less_eye,
     iterate as iterate,
     orthonormalize as orthonormalize,
     orthonormalize_sum as orthonormalize_sum,
-    shortened as shortened,
+    spectral_bounds as spectral_bounds,
+    with_inverse_root as with_inverse_root,
+    within_reach as within_reach,
 )
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import polar as polar
@@ -31,7 +30,6 @@ from ._products import (
     layout_for as layout_for,
     matmul as matmul,
     repeated as repeated,
-    sym as sym,
 )
 from ._qr import qf as qf
 from ._spectral import spectral_norm as spectral_norm

@@ -12,17 +12,16 @@ from jax import lax
 from jaxtyping import Array
 
 from ..linalg import (
-    LARGEST_DEVIATION,
     MATRICES_LAST,
     Layout,
     chunks_of,
     gram_less_eye,
-    infinity_norm,
-    inverse_root_less_eye,
     iterate,
     largest,
     layout_for,
-    shortened,
+    spectral_bounds,
+    with_inverse_root,
+    within_reach,
 )
 from ._euclidean import Euclidean
 from ._manifold import Manifold
@@ -138,18 +137,14 @@ class _Shared:
         def by_columns(x, g):
             return self._lengths(x * g, 0.0) * jnp.square(self.inverse)
 
-        def sum_of_products(x, g):
-            products = layout.gram(x, g)
-            return products + layout.transpose(products)
-
         def tangent(x, g, columns, products):
             normal = x * columns if self.lengths else jnp.zeros_like(g)
             if self.stiefel:
-                normal = self._where_stiefel(layout.matmul(x, products) * (jnp.square(self.inverse) / 2), normal)
+                normal = self._where_stiefel(layout.matmul(x, products) * jnp.square(self.inverse), normal)
             return g - normal
 
         columns = layout.apart(by_columns, x, g) if self.lengths else None
-        products = layout.apart(sum_of_products, x, g) if self.stiefel else None
+        products = layout.apart(lambda x, g: layout.symmetric(layout.gram(x, g)), x, g) if self.stiefel else None
         return layout.apart(tangent, x, g, columns, products)
 
     def displace(self, x: Array, v: Array, factor: Array, growth: Array | None) -> tuple[Array, Array]:
@@ -162,27 +157,25 @@ class _Shared:
         def ratio(v, factor):
             return jnp.sqrt(layout.sum(jnp.square(v * (factor * self.inverse))))
 
-        def furthest_of(e):
-            return self._where_stiefel(infinity_norm(e, layout), 0.0)
+        def deviations(square):
+            return self._where_stiefel(spectral_bounds(square, layout), 0.0)
+
+        def by_gram(root, x, y):
+            return self._placed(x, y, root, growth)
+
+        def by_iteration(x, y):
+            start = self._where_stiefel(x * self.inverse, layout.eye(x))
+            end = within_reach(layout.give(self._where_stiefel(y, start)), layout.give(start))
+            y = self._where_stiefel(iterate(layout.take(end), start, layout), y)
+            return self._placed(x, y, jnp.zeros_like(layout.gram(y, y)), growth)
 
         y = layout.apart(scaled, x, v, factor)
         ratios = layout.apart(ratio, v, factor)
         if not self.stiefel:
             return self._placed(x, y, None, growth), ratios
-        e = layout.apart(lambda y: gram_less_eye(y, layout), y)
-        furthest = largest(layout.apart(furthest_of, e))
-
-        def by_gram(x, v, y, e):
-            del v
-            return self._placed(x, y, inverse_root_less_eye(e, furthest, layout), growth)
-
-        def by_iteration(x, v, y, e):
-            start = self._where_stiefel(x * self.inverse, layout.eye(x))
-            step = self._where_stiefel(v * (factor * self.inverse), 0.0)
-            polar = iterate(start + layout.take(shortened(layout.give(step))), start, layout)
-            return self._placed(x, self._where_stiefel(polar, y), jnp.zeros_like(e), growth)
-
-        return lax.cond(furthest <= LARGEST_DEVIATION, by_gram, by_iteration, x, v, y, e), ratios
+        e, square = gram_less_eye(y, layout)
+        furthest = largest(layout.apart(deviations, square))
+        return with_inverse_root(furthest, e, square, by_gram, by_iteration, x, y, layout=layout), ratios
 
     def _placed(self, x: Array, y: Array, root: Array | None, growth: Array | None) -> Array:
         """`s y C - x`; no step where y is zero, overflows or is not a number."""

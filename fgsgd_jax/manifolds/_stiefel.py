@@ -21,7 +21,7 @@ from ..linalg import (
     orthonormalize_sum,
     polar,
     qf,
-    shortened,
+    within_reach,
 )
 from ._manifold import Manifold, pytree
 from ._sphere import spherical_log
@@ -83,7 +83,7 @@ class Stiefel(Manifold):
         x, v, back = _tall(x, v)
         if self.retraction == "polar":
             return back(orthonormalize_sum(x, v))
-        v = shortened(v)
+        v = within_reach(x + v, x) - x
         match self.retraction:
             case "qr":
                 y = x + v
@@ -245,13 +245,8 @@ _shooting_log.defvjp(_shooting_log_forward, _shooting_log_backward)
 
 def _tangent(x: Array, w: Array) -> Array:
     layout = layout_for(x.shape)
-
-    def symmetric(x, w):
-        products = layout.gram(x, w)
-        return (products + layout.transpose(products)) / 2
-
     x, w = layout.apart(layout.take, x), layout.apart(layout.take, w)
-    core = layout.apart(symmetric, x, w)
+    core = layout.apart(lambda x, w: layout.symmetric(layout.gram(x, w)), x, w)
     return layout.give(layout.apart(lambda x, w, core: w - layout.matmul(x, core), x, w, core))
 
 

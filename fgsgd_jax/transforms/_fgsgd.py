@@ -146,18 +146,20 @@ def fgsgd(
         free = {path: g for path, g in (gradients | others).items() if path not in plan.collections}
         free = {path: decayed(g, points[path]) for path, g in free.items()}
         moved: Any = Kept(free, steps)
-        traced, rated = (None, state.inner) if trace is None else state.inner
+        rated, traced = state.inner, ()
         if trace is not None:
+            traced, rated = state.inner
             moved, traced = trace.update(moved, traced)
         # Of the rate what it makes of one: matrices are multiplied by it where they are read anyway.
         ones = tuple(jnp.ones((), batch.dtype(points)) for batch in joined)
-        (others, factors), rated = rate.update((moved.others, ones), rated)
+        stepped: Any
+        stepped, rated = rate.update(Kept(moved.others, ones), rated)
         displacements, rescaled, ratios = automatic(
             displaced,
             points,
             gradients,
             moved.batches,
-            factors,
+            stepped.batches,
             own,
             feature_moments,
             like=(whole, state.scale, state.step_ratio),
@@ -171,7 +173,7 @@ def fgsgd(
             step_ratio=ratios,
             refused=refused,
         )
-        return from_paths(others | displacements, updates), state
+        return from_paths(stepped.others | displacements, updates), state
 
     def normalized(points: Any, gradients: Any, state: Any, rho: Scalar, curvature: Scalar) -> Any:
         like, steps, shares, norms, refused = in_compute_dtype(gradients), [], [], [], []
