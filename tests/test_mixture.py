@@ -14,8 +14,8 @@ from fgsgd_jax.manifolds import Mixture
 from fgsgd_jax.manifolds._shared_products import share_products
 
 MIX = (fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean())
-# Above the size from which products are shared, and above that of two chunks, with a remainder.
-COUNTS = {"whole": 1030, "chunked": 2 * 16384 + 5}
+# Above the size from which products are shared, and three chunks.
+COUNTS = {"whole": 1030, "chunked": 3 * 4096, "chunks below the size": 1536}
 CASES = [((3, 3), "float32"), ((3, 3), "float64"), ((5, 3), "float32"), ((4, 1), "float32")]
 # One compilation for the branch of small steps and the safe one, and one of a tall matrix.
 QUICK = [(CASES[0], 0.3), (CASES[0], 30.0), (CASES[2], 0.3)]
@@ -54,7 +54,7 @@ def piecewise(method, mixture, *arrays):
 def test_few_or_large_matrices_keep_the_usual_layout():
     assert layout_for((1023, 3, 3)) is MATRICES_LAST
     assert layout_for((1024, 3, 3)) is not MATRICES_LAST
-    assert layout_for((4096, 8, 8)) is MATRICES_LAST
+    assert layout_for((4096, 16, 16)) is MATRICES_LAST
     assert share_products(MIX, (4096, 3, 3))
     assert not share_products((fg.Sphere(), fg.Stiefel(retraction="qr")), (4096, 3, 3))
     assert not share_products(MIX, (4096, 2, 3))
@@ -76,7 +76,10 @@ def test_shared_projection_is_that_of_each_manifold(shape, dtype):
         for case in CASES
         for length in (0.003, 0.3, 30.0)
     ]
-    + [pytest.param(*CASES[0], 0.3, "chunked", marks=pytest.mark.slow)],
+    + [
+        pytest.param(*CASES[0], 0.3, "chunked", marks=pytest.mark.slow),
+        pytest.param((7, 7), "float32", 0.3, "chunks below the size", marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_shared_retraction_is_that_of_each_manifold(shape, dtype, length, size):

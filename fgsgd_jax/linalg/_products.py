@@ -23,15 +23,17 @@ from ._largest import largest
 
 # Matrices whose products take so few multiplications are multiplied side by side, if there are many: on CPU that is
 # faster than batched products. Few matrices are not worth the longer compilation.
-_FEW_MULTIPLICATIONS = 128
+_FEW_MULTIPLICATIONS = 768
 _MANY_MATRICES = 1024
 # So many numbers of each entry lie together, that the entries of a few matrices' worth of lanes stay in a core's L1
 # cache, and that a loop over them is worth starting.
 _LANES, _FEWEST_LANES = 256, 64
 # Rows of so many numbers are on a page of memory of their own, or nearly.
 _FAR_APART = 64
-# On CPU the intermediate results of so many blocks of lanes stay in a core's L2 cache.
-_BLOCKS = 16
+# On CPU arrays of so many entries of blocks, as of 16 blocks of 3×3 matrices, stay in a core's L2 cache together.
+_ENTRIES = 144
+# Fewer blocks are not worth a turn of the loop over them.
+_FEWEST_BLOCKS = 4
 
 
 class Layout(abc.ABC):
@@ -62,6 +64,10 @@ class Layout(abc.ABC):
     @abc.abstractmethod
     def give_values(self, values: Array) -> Array:
         """Undoes `take_values`."""
+
+    @abc.abstractmethod
+    def of_part(self, count: int) -> "Layout":
+        """The same layout for so many of the matrices."""
 
     @abc.abstractmethod
     def join(self, parts: Sequence[Array]) -> Array:
@@ -144,6 +150,9 @@ class _MatricesLast(Layout):
 
     def give_values(self, values: Array) -> Array:
         return values[..., 0, 0]
+
+    def of_part(self, count: int) -> Layout:
+        return self
 
     def join(self, parts: Sequence[Array]) -> Array:
         return jnp.concatenate([part.reshape(-1, *part.shape[-2:]) for part in parts])
@@ -231,6 +240,9 @@ class _LanesLast(Layout):
 
     def give_values(self, values: Array) -> Array:
         return self._whole(values[..., 0, 0, :], 0)
+
+    def of_part(self, count: int) -> Layout:
+        return _LanesLast((count,))
 
     def join(self, parts: Sequence[Array]) -> Array:
         entries = [jnp.moveaxis(part, (-2, -1), (0, 1)).reshape(*part.shape[-2:], -1) for part in parts]
@@ -326,14 +338,22 @@ def filled_up(shape: tuple[int, int, int]) -> int:
     if layout_for(shape) is MATRICES_LAST:
         return shape[0]
     blocks = -(-shape[0] // _LANES)
-    chunks = -(-blocks // _BLOCKS)
+    chunks = _fewest_chunks(shape)
     return -(-blocks // chunks) * chunks * _LANES
 
 
-def chunks_of(count: int) -> int:
-    """Into how many equal parts to divide so many matrices, that each stays in the cache; 1 if no number does well."""
-    fewest = -(-count // (_LANES * _BLOCKS))
-    return next((chunks for chunks in range(fewest, 2 * fewest) if count % (chunks * _LANES) == 0), 1)
+def chunks_of(shape: tuple[int, int, int]) -> int:
+    """Into how many equal parts to divide matrices of `shape` [count, n, p], so that each stays in the cache.
+
+    1 if no number does well.
+    """
+    fewest = _fewest_chunks(shape)
+    return next((chunks for chunks in range(fewest, 2 * fewest) if shape[0] % (chunks * _LANES) == 0), 1)
+
+
+def _fewest_chunks(shape: tuple[int, int, int]) -> int:
+    count, n, p = shape
+    return -(-count // (_LANES * max(_FEWEST_BLOCKS, _ENTRIES // (n * p))))
 
 
 def repeated(parts: Iterable[Array], count: int) -> Iterator[Array]:

@@ -72,10 +72,11 @@ def displace_together(
 
 
 def _by_chunks(function: Callable, x: Array, w: Array, kind: Array | None, radius: float | Array, *radii: Array | None):
-    """`function(layout, x, w, kind, radius, *radii)`, of arrays in the layout: an array like `w`, a figure a matrix.
+    """`function(layout, x, w, kind, radius, 1/radius, *(radii/radius))`, whose arrays are in the layout.
 
-    On CPU in chunks, so that the intermediate results stay in the cache. Those of a whole network would be new to the
-    process at every call, and the page faults cost more than the arithmetic.
+    It answers with an array like `w` and a figure for each matrix. On CPU it is given chunks, so that the intermediate
+    results stay in the cache. Those of a whole network would be new to the process at every call, and the page faults
+    cost more than the arithmetic.
     """
     batch, layout = x.shape[:-2], layout_for(x.shape)
     radius = jnp.broadcast_to(jnp.asarray(radius, x.dtype), batch)
@@ -84,14 +85,14 @@ def _by_chunks(function: Callable, x: Array, w: Array, kind: Array | None, radiu
     # What goes into a loop or a branch is shaped as it is in memory, or it would be copied at every turn.
     x, w = layout.keep(x), layout.keep(w)
     # More than one batch axis means that the axes may be sharded.
-    chunks = chunks_of(*batch) if len(batch) == 1 else 1
+    chunks = chunks_of((*batch, *x.shape[:2])) if len(batch) == 1 else 1
 
     def whole(x, w, *values):
         return _in_lanes(function, layout, x, w, *values)
 
     def chunked(x, w, *values):
         size = batch[0] // chunks
-        part_layout = layout_for((size, *x.shape[:2]))
+        part_layout = layout.of_part(size)
 
         def chunk(index, carry):
             def part(a: Array) -> Array:
