@@ -28,6 +28,8 @@ _MANY_MATRICES = 1024
 # So many numbers of each entry lie together, that the entries of a few matrices' worth of lanes stay in a core's L1
 # cache, and that a loop over them is worth starting.
 _LANES, _FEWEST_LANES = 256, 64
+# The entries of a matrix whose transposition costs more than it saves.
+_LARGE = 2**17
 # Rows of so many numbers are on a page of memory of their own, or nearly.
 _FAR_APART = 64
 # On CPU arrays of so many entries of blocks, as of 16 blocks of 3×3 matrices, stay in a core's L2 cache together.
@@ -179,11 +181,11 @@ class _MatricesLast(Layout):
         return function(*args)
 
     def gram(self, a: Array, b: Array) -> Array:
-        if a.ndim == 2 or math.prod(a.shape[:-2]) == 1:
+        if math.prod(a.shape[:-2]) == 1 or a.shape[-2] * a.shape[-1] > _LARGE:
             return super().gram(a, b)
 
         def transposed_first(a, b):
-            # XLA on CPU multiplies batches of transposed matrices at half the speed.
+            # XLA on CPU multiplies batches of transposed small matrices at half the speed.
             return self.matmul(lax.optimization_barrier(self.transpose(a)), b)
 
         return lax.platform_dependent(a, b, cpu=transposed_first, default=super().gram)
