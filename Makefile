@@ -39,11 +39,11 @@ compat: $(VENV)/.ready  ## every optimizer in every wrapper, hours, goes on wher
 $(VENV)-bench/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(VENV)-bench/bin/python -m pip install --quiet --editable ".[experiments]" --group bench
+	$(VENV)-bench/bin/python -m pip install --quiet --no-compile --editable ".[experiments]" --group bench
 	touch $@
 
-bench: $(VENV)-bench/.ready  ## beside other libraries, under 15 minutes; with QUICK=1 under two
-	$(VENV)-bench/bin/python benchmarks/bench.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+bench: $(VENV)-bench/.ready  ## beside other libraries, under 15 minutes; with QUICK=1 under two, with ALL=1 half an hour
+	$(VENV)-bench/bin/python benchmarks/bench.py $(if $(QUICK),--quick) $(if $(ALL),--all) $(if $(ONLY),--only $(ONLY))
 
 docs: $(VENV)/.ready  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

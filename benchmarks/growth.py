@@ -24,7 +24,7 @@ def measure(record: Record, layers=None, slice_counts=None, sizes=None) -> None:
     usual = QUICK if record.quick else (LAYERS, SLICE_COUNTS, SIZES)
     if record.quick:
         record.left_out("growth", "all", "a quick run: only 10 layers, and matrices up to 512×512")
-    repeats, seconds = (7, 1.0) if record.quick else (21, 5.0)
+    repeats, seconds = (7, 1.0) if record.quick else (21, 3.0)
     for count in usual[0] if layers is None else layers:
         shapes = {f"layer_{n:03}": (3, 3, 16, 16) for n in range(count)}
         if record.has_time(f"{count} layers"):

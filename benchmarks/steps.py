@@ -55,7 +55,7 @@ class Arm:
 
 def measure(record: Record, models=None, batch: int = BATCH, size: int = 32) -> None:
     """A row for every optimizer's step, and one for the update alone."""
-    repeats, seconds = (3, 6.0) if record.quick else (9, 15.0)
+    repeats, seconds = (3, 6.0) if record.quick else (9, 12.0)
     if record.quick and models is None:
         record.left_out("all", "all", "a quick run: to compile a training step takes a minute")
         return
