@@ -28,17 +28,18 @@ def side_by_side(
     turn of more than `at_most` seconds is the only one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    begun = time.perf_counter()
+    begun, short = time.perf_counter(), set()
     for turn in range(repeats + 1):
         if turn > 1 and time.perf_counter() - begun > at_most:
             break
         for name, program in programs.items():
             seconds[name].append(_seconds(program))
-            if again is not None and turn and seconds[name][-1] < _SHORT:
+            if again is not None and name in short:
                 again.setdefault(name, []).append(_seconds(program))
         if turn == 0:
             if again is not None and time.perf_counter() - begun > at_most:
                 break
+            short = {name for name, each in seconds.items() if each[0] < _SHORT}
             # Not before: programs may compile in the first turn.
             seconds, begun = {name: [] for name in programs}, time.perf_counter()
     return seconds

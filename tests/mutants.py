@@ -187,7 +187,7 @@ MUTANTS = [
     ),
     mutant(
         "Cayley without a half",
-        ("linalg/_cayley.py", "eye - small / 2", "eye - small"),
+        ("linalg/_cayley.py", "/ 4 - a / 2)", "/ 4 - a)"),
         by="tests/test_linalg.py::test_cayley",
     ),
     mutant(

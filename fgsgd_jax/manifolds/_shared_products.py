@@ -85,7 +85,7 @@ def _by_chunks(function: Callable, x: Array, w: Array, kind: Array | None, radiu
     # What goes into a loop or a branch is shaped as it is in memory, or it would be copied at every turn.
     x, w = layout.keep(x), layout.keep(w)
     # More than one batch axis means that the axes may be sharded.
-    chunks = chunks_of((*batch, *x.shape[:2])) if len(batch) == 1 else 1
+    chunks = chunks_of((batch[0], x.shape[0], x.shape[1])) if len(batch) == 1 else 1
 
     def whole(x, w, *values):
         return _in_lanes(function, layout, x, w, *values)
