@@ -29,9 +29,7 @@ class Record:
         used = {"device": self._machine["device"], "cores used": cores()}
         used |= {"versions": versions("jax", "jaxlib", "optax", "fgsgd-jax", *packages)}
         self.rows.append({"case": case, "name": name} | figures | used)
-        shown = ", ".join(
-            f"{key} {_short(value)}" for key, value in figures.items() if not isinstance(value, (list, dict))
-        )
+        shown = {key: _short(value) for key, value in figures.items() if not isinstance(value, (list, dict))}
         print(f"  {case}: {name}: {', '.join(' '.join(pair) for pair in shown.items())}", flush=True)
         self.write()
 
