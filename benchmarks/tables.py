@@ -30,12 +30,16 @@ class Results:
 
     @property
     def repeated(self) -> "Results":
-        """With the figures of programs that ran once more at once; rows without them as they are."""
+        """With the times of programs that ran once more at once, and no other times."""
+
+        def row(each: dict[str, Any]) -> dict[str, Any]:
+            kept = {
+                key: value for key, value in each.items() if "over" not in key and key not in ("median", "of a step")
+            }
+            return kept | each.get("repeated", {})
+
         results = copy.copy(self)
-        results.parts = {
-            part: found | {"rows": [row | row.get("repeated", {}) for row in found["rows"]]}
-            for part, found in self.parts.items()
-        }
+        results.parts = {part: found | {"rows": [*map(row, found["rows"])]} for part, found in self.parts.items()}
         return results
 
     def rows(self, part: str, **wanted: Any) -> Rows:
@@ -50,7 +54,7 @@ class Results:
         peers = [
             row
             for row in self.rows("kernels", case=case)
-            if row["name"] not in ("fgsgd_jax", *FLOORS) and row["violation"] <= FEASIBLE
+            if row["name"] not in ("fgsgd_jax", *FLOORS) and row["violation"] <= FEASIBLE and "over ours" in row
         ]
         return min(peers, key=lambda row: row["over ours"], default=None)
 
@@ -76,21 +80,24 @@ def cases(rows: Rows) -> list[str]:
 
 def ratios(results: Results) -> str:
     """Ours beside the fastest feasible peer and the floor, by shape: in turns, and repeated at once."""
-    lines, both = [], (results, results.repeated)
-    for case in cases(results.rows("kernels")):
-        ours = [next(iter(each.rows("kernels", case=case, name="fgsgd_jax")), None) for each in both]
-        if ours[0] is None:
-            continue
-        peers = [each.fastest(case) for each in both]
-        names = list(dict.fromkeys(peer["name"] for peer in peers if peer))
+    lines = []
+
+    def together(values: list[float | None], digits: int = 2) -> str:
+        return " · ".join(number(value, digits) for value in values if value is not None) or "—"
+
+    for case in cases(results.rows("kernels", name="fgsgd_jax")):
+        both = (results, results.repeated)
+        times = [each.value("kernels", case, "fgsgd_jax", "median") for each in both]
+        peers = [peer for each in both if (peer := each.fastest(case))]
+        names = ", ".join(dict.fromkeys(peer["name"] for peer in peers))
         floors = [[each.value("kernels", case, floor, "over ours") for each in both] for floor in FLOORS]
         lines.append(
             [
                 case,
-                " · ".join(number(1e3 * each["median"]) for each in ours),
-                " · ".join(number(peer["over ours"], 2) for peer in peers if peer) + f" × ({', '.join(names)})",
-                *(" · ".join(number(1 / over, 2) for over in floor) if all(floor) else "—" for floor in floors),
-                f"{ours[0]['violation']:.0e}",
+                together([time and 1e3 * time for time in times], 3),
+                f"{together([peer['over ours'] for peer in peers])} × ({names})" if peers else "—",
+                *(together([over and 1 / over for over in floor]) for floor in floors),
+                f"{results.value('kernels', case, 'fgsgd_jax', 'violation'):.0e}",
             ]
         )
     header = ["projection + retraction", "ours, ms", "fastest feasible peer takes", "ours / copy", "ours / products"]

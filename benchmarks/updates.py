@@ -16,7 +16,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 from peers import on_torch, violation
 from record import Record
-from timing import compared, medians, ratio, side_by_side
+from timing import compared, ratio, side_by_side
 
 import fgsgd_jax as fg
 
@@ -164,18 +164,26 @@ def _measure(record, case, network, repeats, seconds, patience):
         record.left_out(case, "riemannax", "riemannax 0.0.3 has no optimizer of more than one point, nor an adapter")
     again: dict[str, list[float]] = {}
     found = side_by_side(programs, repeats, seconds, again)
-    for name, median in medians(found).items():
+    for name in programs:
+        row = _compared(found, name)
         if name in again and "optax.sgd" in again:
-            figures[name]["repeated"] = compared(again, name, "sgd", "optax.sgd")
-        over = {"over sgd": ratio(found, name, "optax.sgd"), "over muon": ratio(found, name, "optax.contrib.muon")}
-        for other in programs:
-            if other.startswith("geoopt") and name.startswith("fgsgd"):
-                over[f"{other} over it"] = ratio(found, other, name)
+            figures[name]["repeated"] = _compared(again, name)
         if name in examples:
             own, plan, tx = arguments[name]
-            count = int(max(1, min(1000, patience / median)))
+            count = int(max(1, min(1000, patience / row["median"])))
             figures[name] |= _after(compiled[name], tx.init(own), own, grads, plan, count)
-        record.row(case, name, packages[name], median=median, **over, **figures[name], seconds=found[name])
+        record.row(case, name, packages[name], **row, **figures[name])
+
+
+def _compared(seconds, name):
+    """The times of an update, over `optax.sgd`'s, over Muon's, and what geoopt takes over it."""
+    row = compared(seconds, name, "sgd", "optax.sgd")
+    if "optax.contrib.muon" in seconds:
+        row["over muon"] = ratio(seconds, name, "optax.contrib.muon")
+    for other in seconds:
+        if other.startswith("geoopt") and name.startswith("fgsgd"):
+            row[f"{other} over it"] = ratio(seconds, other, name)
+    return row
 
 
 def _compiled(tx, grads, state, params, whole):

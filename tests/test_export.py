@@ -22,7 +22,7 @@ SHAPES = {"conv": (3, 3, 4, 6), "large": (3, 3, 128, 160), "bias": (8,)}
 RULES = [("conv", MIX), ("large", fg.PO([fg.Sphere(), fg.Oblique(), fg.Stiefel()])), ("*", None)]
 
 
-def exported(make, shapes, rules):
+def exported(make, shapes, rules, **options):
     params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
     plan = fg.plan(params, rules)
     tx = make(plan)
@@ -32,7 +32,7 @@ def exported(make, shapes, rules):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return export.export(jax.jit(update), platforms=("tpu", "cuda"))(params, state, params)
+    return export.export(jax.jit(update), **{"platforms": ("tpu", "cuda")} | options)(params, state, params)
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,12 @@ def test_updates_for_accelerators(make):
 def test_other_retractions_for_accelerators(retraction):
     found = exported(lambda plan: fg.fgsgd(0.1, plan), {"w": (16, 8)}, [("w", matrix(retraction))])
     assert set(found.platforms) == {"tpu", "cuda"}
+
+
+def test_updates_for_cpus():
+    """For which JAX has to be told that a layout constraint, no call to anything, may be exported."""
+    allowed = export.DisabledSafetyCheck.custom_call("LayoutConstraint")
+    found = exported(
+        lambda plan: fg.fgsgd(0.1, plan, momentum=0.9), SHAPES, RULES, platforms=("cpu",), disabled_checks=[allowed]
+    )
+    assert found.platforms == ("cpu",)

@@ -111,6 +111,14 @@ def test_qf_is_the_q_with_positive_r(shape, dtype):
     np.testing.assert_allclose(np.tril(r, -1), 0, atol=4 * limit(dtype, shape))
 
 
+def test_cayley_of_long_steps():
+    """The system's condition grows with the square of the length."""
+    rng = np.random.default_rng(3)
+    x = h.point("stiefel", rng, (4, 16, 8))
+    v = h.tangent("stiefel", rng, x, length=1e4)
+    np.testing.assert_allclose(cayley(jnp.asarray(x), jnp.asarray(v)), h.cayley(x, v), atol=1e-7)
+
+
 @SHAPES
 @DTYPES
 def test_cayley(shape, dtype):
@@ -263,6 +271,8 @@ def test_layouts_multiply_sum_and_give_back(shape):
     }.values():
         np.testing.assert_allclose(layout.give(found), expected, atol=1e-13)
     np.testing.assert_array_equal(layout.keep_given(x), layout.keep(jnp.asarray(a)))
+    empty = linalg.squared_norm(jnp.zeros((0, *shape[-2:])))
+    assert empty.shape == (0,)
     values = layout.give_values(layout.take_values(jnp.asarray(b[..., 0, 0])))
     np.testing.assert_array_equal(values, b[..., 0, 0])
 

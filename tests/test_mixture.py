@@ -119,6 +119,47 @@ def test_a_matrix_without_a_step_keeps_its_place_and_harms_no_other(bad):
     assert np.max(np.asarray(mixture.violation(x + displacement))) < 1e-6
 
 
+def test_coarser_or_finer_steps_than_points():
+    mixture, x, w = batch((3, 3), COUNTS["chunked"], "float32", MIX)
+    expected = project(mixture, x, w)
+    finer = jnp.asarray(np.asarray(w, "float64"))
+    assert project(mixture, x, finer).dtype == "float64"
+    np.testing.assert_allclose(project(mixture, x, finer), expected, atol=1e-7)
+    found, _ = displace(mixture, jnp.asarray(np.asarray(x, "float64")), w, None, False)
+    np.testing.assert_allclose(found, displace(mixture, x, w, None, False)[0], atol=1e-6)
+
+
+def test_batches_over_two_axes_and_under_vmap():
+    """Two axes may be sharded and stay apart; under `vmap` every branch runs."""
+    mixture, x, w = batch((3, 3), COUNTS["chunked"], "float32", MIX)
+    expected = project(mixture, x, w)
+
+    def split(a):
+        return a.reshape(4, -1, *a.shape[1:])
+
+    def each(kind, radius, x, w):
+        return Mixture(MIX, kind, radius).project(x, w)
+
+    parts = Mixture(MIX, split(mixture.kind), split(mixture.radius))
+    np.testing.assert_allclose(project(parts, split(x), split(w)), split(expected), atol=1e-7)
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(each))(parts.kind, parts.radius, split(x), split(w)), split(expected), atol=1e-7
+    )
+
+
+def test_weights_that_differ_by_device():
+    """As an ensemble's under `shard_map`, whose types say so."""
+    mesh = jax.make_mesh((1,), ("seed",), axis_types=(jax.sharding.AxisType.Auto,))
+    _, x, w = batch((3, 3), COUNTS["whole"], "float32", (fg.Stiefel(),), 1.0)
+    spec = jax.sharding.PartitionSpec("seed")
+
+    def step(x, w):
+        return fg.Stiefel().retract(x[0], fg.Stiefel().project(x[0], w[0]))[None]
+
+    found = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec))(x[None], w[None])[0]
+    assert np.max(np.asarray(fg.Stiefel().violation(found))) < 1e-6
+
+
 @pytest.mark.slow
 def test_gradient_through_a_shared_step():
     mixture, x, w = batch((3, 3), COUNTS["whole"], "float64", MIX)

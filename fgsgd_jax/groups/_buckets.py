@@ -97,7 +97,7 @@ class Batch:
         }
 
     def keep(self, matrices: Float[Array, "*batch rows cols"], like: dict[str, Array]) -> Any:
-        """The matrices as a state keeps them, at no cost: joined in their layout, else as tensors by path."""
+        """The matrices as a state keeps them, at no cost: joined as they are in memory, else as tensors by path."""
         return layout_for(self._shape).keep(matrices) if self.joined else self.unstack(matrices, like)
 
     def kept(self, matrices: Any) -> Float[Array, "*batch rows cols"]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from ._largest import largest
 from ._products import gram, matmul
 
-_MOST_ITERATIONS = 64
+_MOST_ITERATIONS = 128
 
 
 def cayley(x: Float[Array, "*batch n p"], v: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
@@ -19,8 +19,7 @@ def cayley(x: Float[Array, "*batch n p"], v: Float[Array, "*batch n p"]) -> Floa
     manifold in finite precision: whoever needs feasibility orthonormalizes it.
     """
     a = gram(x, v)
-    a = (a - jnp.swapaxes(a, -1, -2)) / 2
-    normal = v - matmul(x, a)
+    normal, a = v - matmul(x, a), (a - jnp.swapaxes(a, -1, -2)) / 2
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=x.dtype), a.shape)
     return matmul(2 * x + normal, _inverse(eye + gram(normal, normal) / 4 - a / 2)) - x
 
@@ -34,7 +33,7 @@ def _inverse(m: Float[Array, "*batch p p"]) -> Float[Array, "*batch p p"]:
     eye = jnp.broadcast_to(jnp.eye(m.shape[-1], dtype=m.dtype), m.shape)
     enough = jnp.finfo(m.dtype).eps ** 0.5
 
-    def missing(carry):
+    def unconverged(carry):
         _, residual, iteration = carry
         return (largest(jnp.abs(residual)) > enough) & (iteration < _MOST_ITERATIONS)
 
@@ -44,11 +43,11 @@ def _inverse(m: Float[Array, "*batch p p"]) -> Float[Array, "*batch p p"]:
         return inverse, eye - matmul(m, inverse), iteration + 1
 
     def largest_sum(axis):
-        return jnp.max(jnp.sum(jnp.abs(m), axis, keepdims=True), (-2, -1), keepdims=True)
+        return largest(jnp.sum(jnp.abs(m), axis, keepdims=True), (-2, -1), keepdims=True)
 
     start = jnp.swapaxes(m, -1, -2) / largest_sum(-1) / largest_sum(-2)
     # The residual is squared at every turn: one more takes it to round-off.
-    return nearer(lax.while_loop(missing, nearer, (start, eye - matmul(m, start), 0)))[0]
+    return nearer(lax.while_loop(unconverged, nearer, (start, eye - matmul(m, start), 0)))[0]
 
 
 @_inverse.defjvp

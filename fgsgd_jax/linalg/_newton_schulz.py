@@ -16,8 +16,8 @@ from ._products import Layout, layout_for
 # One quintic step maps the Gram's deviation e = ‖yᵀy - I‖ to 5/8 e³ (to leading order). So for float32 one step
 # is enough below the first bound, two below the second, three below the third; float64 takes one more. The polynomial
 # of order 4 maps it to 1/2 e⁵, for two p×p products where two steps take five: enough for float32 below its own bound.
-_STEPS_FOR_DEVIATION = (2.0**-7, 0.2, 0.7)
-_ORDER_FOUR_BELOW = 0.05
+_STEPS_FOR_DEVIATION = (0.005, 0.2, 0.7)
+_ORDER_FOUR_BELOW = 0.04
 _MOST_ITERATIONS = 64
 
 
@@ -28,8 +28,9 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
     Near the manifold (singular values of `y` within about 0.5 of 1) it costs two n·p² products: the Gram and the
     application of a polynomial in it, of an order that is chosen from the measured deviation of the whole batch.
     Because the Gram is that of `y` itself, errors of earlier calls are corrected, not carried along. Anywhere else
-    it iterates on scaled matrices until it converges. Matrices for which it does not (rank-deficient, not finite)
-    are replaced by `fallback`, and by the identity where that is nothing like a point of the manifold either.
+    it iterates on scaled matrices until it converges: those of `within_reach(y, fallback)`. Matrices for which it does
+    not (rank-deficient, not finite) are replaced by `fallback`, and by the identity where that is nothing like a point
+    of the manifold either.
 
     The order is a decision at run time, inside jit; under `vmap` all branches run.
     """

@@ -30,7 +30,7 @@ _MANY_MATRICES = 1024
 _LANES, _FEWEST_LANES = 256, 64
 # The entries of a matrix whose transposition costs more than it saves.
 _LARGE = 2**17
-# Rows of so many numbers are on a page of memory of their own, or nearly.
+# Numbers below each other in rows of so many are in different parts of the cache.
 _FAR_APART = 64
 # On CPU arrays of so many entries of blocks, as of 16 blocks of 3×3 matrices, stay in a core's L2 cache together.
 _ENTRIES = 144
@@ -203,7 +203,7 @@ class _MatricesLast(Layout):
     def sum(self, x: Array, axis: int | None = None) -> Array:
         if axis is None:
             # Over one axis, in which the entries lie together: XLA on CPU takes much longer over two.
-            return jnp.sum(x.reshape(*x.shape[:-2], -1), axis=-1)[..., None, None]
+            return jnp.sum(x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]), axis=-1)[..., None, None]
         return jnp.sum(x, axis=self._over(axis), keepdims=True)
 
     def max(self, x: Array, axis: int | None = None) -> Array:
@@ -275,8 +275,12 @@ class _LanesLast(Layout):
             results = jax.eval_shape(function, *args)
 
             def zeros(*args):
-                del args
-                return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
+                # Made of the arguments, so that in `shard_map` they differ between devices where those do.
+                numbers = [0 * leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(args)]
+                nothing = functools.reduce(operator.add, numbers)
+                return jax.tree.map(
+                    lambda result: jnp.broadcast_to(nothing.astype(result.dtype), result.shape), results
+                )
 
             def in_order(*args):
                 # Else blocks would stay transposed in memory, to be formed again for each of their uses.

@@ -39,10 +39,12 @@ def share_products(manifolds: tuple[Manifold, ...], shape: tuple[int, ...]) -> b
     )
 
 
-def project_together(manifolds, kind: Array | None, radius: float | Array, x: Array, g: Array) -> tuple[Array, Array]:
+def project_together(
+    manifolds: tuple[Manifold, ...], kind: Array | None, radius: float | Array, x: Array, g: Array
+) -> tuple[Array, Array]:
     """The projections of `g` onto the tangent spaces at `x`, both [*batch, n, p], and their squared norms [*batch].
 
-    `kind` and `radius` are arrays [*batch].
+    `kind` is an array [*batch], or None for the one manifold; `radius` a number or an array.
     """
 
     def project(layout, x, g, kind, radius, inverse):
@@ -53,7 +55,7 @@ def project_together(manifolds, kind: Array | None, radius: float | Array, x: Ar
 
 
 def displace_together(
-    manifolds,
+    manifolds: tuple[Manifold, ...],
     kind: Array | None,
     radius: float | Array,
     x: Array,
@@ -62,7 +64,7 @@ def displace_together(
     factor: float | Array,
     tangent: bool,
 ) -> tuple[Array, Array]:
-    """`φ_x(v) - x` with v `factor` times the tangent part of `w`, and ‖v‖/s; the result at `new_radius` if given."""
+    """`φ_x(v) - x` with v `factor` times the tangent part of `w`, and ‖v‖/s; at `new_radius` [*batch] if given."""
 
     def displace(layout, x, w, kind, radius, inverse, growth):
         shared = _Shared(manifolds, layout, kind, radius, inverse)
@@ -78,12 +80,12 @@ def _by_chunks(function: Callable, x: Array, w: Array, kind: Array | None, radiu
     results stay in the cache. Those of a whole network would be new to the process at every call, and the page faults
     cost more than the arithmetic.
     """
-    batch, layout = x.shape[:-2], layout_for(x.shape)
-    radius = jnp.broadcast_to(jnp.asarray(radius, x.dtype), batch)
+    batch, layout, dtype = x.shape[:-2], layout_for(x.shape), max(x.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
+    radius = jnp.broadcast_to(jnp.asarray(radius, dtype), batch)
     # Divided once, not for every entry.
-    values = [kind, radius, 1 / radius, *(each if each is None else each / radius for each in radii)]
+    values = [kind, radius, 1 / radius, *(each if each is None else each.astype(dtype) / radius for each in radii)]
     # What goes into a loop or a branch is shaped as it is in memory, or it would be copied at every turn.
-    x, w = layout.keep(x), layout.keep(w)
+    x, w = layout.keep(x.astype(dtype)), layout.keep(w.astype(dtype))
     # More than one batch axis means that the axes may be sharded.
     chunks = chunks_of((batch[0], x.shape[0], x.shape[1])) if len(batch) == 1 else 1
 
@@ -112,7 +114,7 @@ def _by_chunks(function: Callable, x: Array, w: Array, kind: Array | None, radiu
 
 
 def _in_lanes(function: Callable, layout: Layout, x: Array, w: Array, *values: Array | None, part=lambda a: a):
-    """`function` of some `part` of the arrays `[n, p, *batch]`, answered in that order."""
+    """`function` of some `part` of the arrays `[n, p, *batch]` and values `[*batch]`, answered in that order."""
     x, w = (layout.apart(lambda a: layout.take_kept(part(a)), each) for each in (x, w))
     own = (None if each is None else layout.take_values(part(each)) for each in values)
     result, figure = function(layout, x, w, *own)

@@ -80,8 +80,8 @@ def spherical_exp(x: Array, v: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _tangent(x: Array, g: Array, axes: tuple[int, ...]) -> Array:
-    # By one product, of an operand that is written out: the logarithm of antipodes is made of round-off, of which no
-    # other copy may be computed, as `total` does.
+    # By one product, of an operand that is written out. Within the sums of `total`, XLA would compute it again and
+    # round it in another way; the logarithm of antipodes is made of that round-off.
     products = x * g
     rows = products if axes == (-2,) else products.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1], 1)
     return g - _sum_of_rows(rows) * x
