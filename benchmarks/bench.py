@@ -21,7 +21,7 @@ from pathlib import Path
 import tables
 
 # Seconds after which a part begins no further case.
-PARTS = {"kernels": 130, "updates": 200, "steps": 60, "growth": 70}
+PARTS = {"kernels": 130, "updates": 300, "steps": 60, "growth": 70}
 # The same of a quick run.
 QUICK = {"kernels": 35, "updates": 25, "steps": 10, "growth": 15}
 
