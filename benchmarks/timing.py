@@ -24,8 +24,7 @@ def side_by_side(
 
     After `at_most` seconds no further turn begins, but every program has been measured once. What a program finds in
     the caches is what the others left, as an update finds what a training step left. If `again` is given, each runs
-    once more at once, with caches of its own, and these seconds go there; then the programs are compiled, and a first
-    turn of more than `at_most` seconds is the only one.
+    once more at once, with caches of its own, and these seconds go there.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     begun, short = time.perf_counter(), set()
@@ -37,8 +36,6 @@ def side_by_side(
             if again is not None and name in short:
                 again.setdefault(name, []).append(_seconds(program))
         if turn == 0:
-            if again is not None and time.perf_counter() - begun > at_most:
-                break
             short = {name for name, each in seconds.items() if each[0] < _SHORT}
             # Not before: programs may compile in the first turn.
             seconds, begun = {name: [] for name in programs}, time.perf_counter()
