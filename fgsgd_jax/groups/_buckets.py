@@ -59,9 +59,8 @@ class Batch:
     """Buckets whose matrices have one shape and one set of manifolds: their arithmetic runs together.
 
     Joined, the matrices of all layers follow each other along one axis, and after them the first ones again where
-    arithmetic likes another number. A bucket of sharded parameters is a batch of
-    its own and keeps its axes (layers, inputs, outputs), so that nothing has to move between devices. `places` are
-    the buckets' positions in the plan's.
+    arithmetic likes another number. A bucket of sharded parameters is a batch of its own and keeps its axes (layers,
+    inputs, outputs), so that nothing has to move between devices. `places` are the buckets' positions in the plan's.
     """
 
     buckets: tuple[Bucket, ...]
@@ -120,7 +119,7 @@ class Batch:
     def flat(self, values: Sequence[Any]) -> Any:
         """A value for each matrix of each of the batch's buckets [layers, inputs, outputs], as one array [*batch].
 
-        None if they are None.
+        The first values again for the matrices that follow again. None if they are None.
         """
         if values[0] is None or not self.joined:
             return values[0]
