@@ -11,6 +11,7 @@ from ._expm import expm as expm
 from ._gram_iteration import gram_iteration as gram_iteration
 from ._largest import largest as largest
 from ._newton_schulz import (
+    deviation as deviation,
     gram_less_eye as gram_less_eye,
     iterate as iterate,
     orthonormalize as orthonormalize,
@@ -39,4 +40,5 @@ from ._symbol import (
     torus_basis as torus_basis,
     unrolled_basis as unrolled_basis,
 )
+from ._total import sum_of_rows as sum_of_rows, total as total
 from ._two_to_one import two_to_one as two_to_one

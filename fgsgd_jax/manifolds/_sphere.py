@@ -1,46 +1,15 @@
 """Spheres: the unit vectors along some axes of an array."""
 
 import dataclasses
-import functools
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ..linalg import MATRICES_LAST, largest, norm
+from ..linalg import largest, norm, sum_of_rows, total
 from ._manifold import Manifold, pytree
-
-# So many slices are added up in one loop over their entries; of 16 and more XLA on CPU makes several.
-_SLICES = 8
-
-
-def total(x: Array, axes: tuple[int, ...]) -> Array:
-    """Sums along `axes`, which stay, with length 1."""
-    # Sums of slices, which XLA on CPU computes together with what they are sums of, and then products, since it takes
-    # up to thirty times as long to add up what it computes along these axes.
-    if axes != (-2,):
-        x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1], 1)
-    height = x.shape[-2] // _SLICES
-    if height < 2:
-        return functools.reduce(operator.add, jnp.split(x, max(x.shape[-2], 1), axis=-2))
-    slices = [lax.slice_in_dim(x, i * height, (i + 1) * height, axis=-2) for i in range(_SLICES)]
-    result = _sum_of_rows(functools.reduce(operator.add, slices))
-    if _SLICES * height < x.shape[-2]:
-        result += _sum_of_rows(lax.slice_in_dim(x, _SLICES * height, None, axis=-2))
-    return result
-
-
-def _sum_of_rows(x: Array) -> Array:
-    *batch, n, p = x.shape
-    if p > 1:
-        # As many rows of ones as matrices: for one, XLA on CPU would transpose x.
-        return MATRICES_LAST.matmul(jnp.ones((*batch, 1, n), x.dtype), x)
-    # Of a product of one row and one column, XLA on CPU makes the slow sum again.
-    columns = 2 if math.prod(batch) == 1 else 1
-    return MATRICES_LAST.matmul(x[..., 0], jnp.ones((n, columns), x.dtype))[..., :1, None]
 
 
 def spherical_log(x: Array, y: Array, axes: tuple[int, ...]) -> Array:
@@ -84,7 +53,7 @@ def _tangent(x: Array, g: Array, axes: tuple[int, ...]) -> Array:
     # round it in another way; the logarithm of antipodes is made of that round-off.
     products = x * g
     rows = products if axes == (-2,) else products.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1], 1)
-    return g - _sum_of_rows(rows) * x
+    return g - sum_of_rows(rows) * x
 
 
 def _axis_of_smallest(x: Array, axes: tuple[int, ...]) -> Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from ..linalg import (
     cayley,
+    deviation,
     expm,
     gram,
     largest,
@@ -120,9 +121,8 @@ class Stiefel(Manifold):
 
     def _violation(self, x):
         x, _ = _tall(x)
-        g = gram(x, x)
-        residual = g - jnp.broadcast_to(jnp.eye(g.shape[-1], dtype=g.dtype), g.shape)
-        return largest(jnp.abs(residual), (-2, -1))
+        layout = layout_for(x.shape)
+        return largest(jnp.abs(layout.give(deviation(layout.take(x), layout))), (-2, -1))
 
     def _from_gaussian(self, z):
         z, back = _tall(z)
