@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fgsgd_jax as fg
-from fgsgd_jax.linalg import MATRICES_LAST, layout_for
+from fgsgd_jax.linalg import MATRICES_LAST, _products, chunks_of, layout_for
 from fgsgd_jax.manifolds import Mixture
 from fgsgd_jax.manifolds._shared_products import share_products
 
@@ -158,6 +158,28 @@ def test_weights_that_differ_by_device():
 
     found = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec))(x[None], w[None])[0]
     assert np.max(np.asarray(fg.Stiefel().violation(found))) < 1e-6
+
+
+@pytest.mark.parametrize("kinds", [MIX, (fg.Stiefel(),), (fg.Sphere(), fg.Stiefel(retraction="qr"))], ids=str)
+def test_large_matrices_by_chunks_are_handled_as_the_whole(kinds, monkeypatch):
+    mixture, x, w = batch((12, 8), 6, "float32", kinds)
+    new = mixture.radius * 1.5
+
+    def both(mixture, x, w):
+        return mixture.measured_projection(x, w), mixture.displace(x, w, new, False, 0.7)
+
+    def loss(w):
+        return jnp.sum(jnp.sin(100 * mixture.displace(x, w, None, False, 0.7)[0]))
+
+    assert "scan[" not in str(jax.make_jaxpr(lambda *args: both(*args))(mixture, x, w))
+    whole, gradient = jax.jit(lambda *args: both(*args))(mixture, x, w), jax.jit(jax.grad(lambda w: loss(w)))(w)
+    monkeypatch.setattr(_products, "_FEW_NUMBERS", 0)
+    monkeypatch.setattr(_products, "_NUMBERS", 2 * 12 * 8)
+    assert chunks_of(x.shape) == 3
+    chunked = jax.jit(both)
+    assert "scan[" in str(jax.make_jaxpr(chunked)(mixture, x, w))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chunked(mixture, x, w), whole)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(w), gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

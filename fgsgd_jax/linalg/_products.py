@@ -28,14 +28,16 @@ _MANY_MATRICES = 1024
 # So many numbers of each entry lie together, that the entries of a few matrices' worth of lanes stay in a core's L1
 # cache, and that a loop over them is worth starting.
 _LANES, _FEWEST_LANES = 256, 64
-# The entries of a matrix whose transposition costs more than it saves.
-_LARGE = 2**17
+# The entries of a matrix whose transposition costs more than it saves: in a batch, and of a single one.
+_LARGE, _LARGER = 2**17, 2**19
 # Numbers below each other in rows of so many are in different parts of the cache.
 _FAR_APART = 64
 # On CPU arrays of so many entries of blocks, as of 16 blocks of 3×3 matrices, stay in a core's L2 cache together.
 _ENTRIES = 144
 # Fewer blocks are not worth a turn of the loop over them.
 _FEWEST_BLOCKS = 4
+# So many numbers of larger matrices do, in each of the arrays of a step; fewer than so many do all together.
+_NUMBERS, _FEW_NUMBERS = 2**16, 2**20
 
 
 class Layout(abc.ABC):
@@ -58,6 +60,14 @@ class Layout(abc.ABC):
     @abc.abstractmethod
     def keep_given(self, x: Array) -> Array:
         """What `keep` makes of the matrices that `give` makes of `x`."""
+
+    @abc.abstractmethod
+    def take_part(self, x: Array, start: Array, count: int) -> Array:
+        """`take_kept` of so many of the matrices from `start` on, computed once."""
+
+    @abc.abstractmethod
+    def put_part(self, x: Array, part: Array, start: Array) -> Array:
+        """`x` with a new `part` in the place of what `take_part` takes."""
 
     @abc.abstractmethod
     def take_values(self, values: Array) -> Array:
@@ -147,6 +157,13 @@ class _MatricesLast(Layout):
     def keep_given(self, x: Array) -> Array:
         return x
 
+    def take_part(self, x: Array, start: Array, count: int) -> Array:
+        # Else XLA on CPU takes the part anew where it is transposed, five times as slowly.
+        return _alone(lambda x, start: lax.dynamic_slice_in_dim(x, start, count), x, start)
+
+    def put_part(self, x: Array, part: Array, start: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(x, part, start, 0)
+
     def take_values(self, values: Array) -> Array:
         return values[..., None, None]
 
@@ -181,6 +198,10 @@ class _MatricesLast(Layout):
         return function(*args)
 
     def gram(self, a: Array, b: Array) -> Array:
+        if a.shape[-2] * a.shape[-1] > _LARGER:
+            # Else XLA on CPU copies the transposed matrix where there is only one.
+            rows, batch = a.ndim - 2, tuple(range(a.ndim - 2))
+            return lax.dot_general(a, b, (((rows,), (rows,)), (batch, batch)), precision=lax.Precision.HIGHEST)
         if math.prod(a.shape[:-2]) == 1 or a.shape[-2] * a.shape[-1] > _LARGE:
             return super().gram(a, b)
 
@@ -237,6 +258,15 @@ class _LanesLast(Layout):
             return self.keep(self.give(x))
         return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)
 
+    def take_part(self, x: Array, start: Array, count: int) -> Array:
+        part = self.of_part(count)
+        return part.apart(lambda x, start: part.take_kept(lax.dynamic_slice_in_dim(x, start, count, axis=-1)), x, start)
+
+    def put_part(self, x: Array, part: Array, start: Array) -> Array:
+        count = part.shape[0] * part.shape[-1]
+        own = self.of_part(count).apart(self.of_part(count).keep_given, part)
+        return lax.dynamic_update_slice_in_dim(x, own, start, axis=-1)
+
     def take_values(self, values: Array) -> Array:
         return self._blocks(values, 0)[..., None, None, :]
 
@@ -271,25 +301,11 @@ class _LanesLast(Layout):
         return functools.reduce(operator.add, (a[..., k, None, :] * b[..., None, k, :, :] for k in inner))
 
     def apart(self, function: Callable[..., Any], *args: Any) -> Any:
-        def alone(*args):
-            results = jax.eval_shape(function, *args)
+        def in_order(*args):
+            # Else blocks would stay transposed in memory, to be formed again for each of their uses.
+            return jax.tree.map(_row_major, function(*args)) if len(self.batch) == 1 else function(*args)
 
-            def zeros(*args):
-                # Made of the arguments, so that in `shard_map` they differ between devices where those do.
-                numbers = [0 * leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(args)]
-                nothing = functools.reduce(operator.add, numbers)
-                return jax.tree.map(
-                    lambda result: jnp.broadcast_to(nothing.astype(result.dtype), result.shape), results
-                )
-
-            def in_order(*args):
-                # Else blocks would stay transposed in memory, to be formed again for each of their uses.
-                return jax.tree.map(_row_major, function(*args)) if len(self.batch) == 1 else function(*args)
-
-            # What is in a branch is compiled for itself; the compiler does not see that it is always taken.
-            return lax.cond(lax.optimization_barrier(jnp.ones((), bool)), in_order, zeros, *args)
-
-        return lax.platform_dependent(*args, cpu=alone, default=function)
+        return lax.platform_dependent(*args, cpu=functools.partial(_alone, in_order), default=function)
 
     def sum(self, x: Array, axis: int | None = None) -> Array:
         return self._one_by_one(operator.add, x, axis)
@@ -328,6 +344,19 @@ class _LanesLast(Layout):
 MATRICES_LAST = _MatricesLast()
 
 
+def _alone(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, compiled for itself: a branch of which the compiler does not see that it is always taken."""
+    results = jax.eval_shape(function, *args)
+
+    def zeros(*args):
+        # Made of the arguments, so that in `shard_map` they differ between devices where those do.
+        numbers = [0 * leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(args)]
+        nothing = functools.reduce(operator.add, numbers)
+        return jax.tree.map(lambda result: jnp.broadcast_to(nothing.astype(result.dtype), result.shape), results)
+
+    return lax.cond(lax.optimization_barrier(jnp.ones((), bool)), function, zeros, *args)
+
+
 def _row_major(x: Array) -> Array:
     return with_layout_constraint(x, MemoryLayout(tuple(range(x.ndim))))
 
@@ -348,13 +377,22 @@ def filled_up(shape: tuple[int, int, int]) -> int:
     return -(-blocks // chunks) * chunks * _LANES
 
 
-def chunks_of(shape: tuple[int, int, int]) -> int:
+def chunks_of(shape: tuple[int, ...]) -> int:
     """Into how many equal parts to divide matrices of `shape` [count, n, p], so that each stays in the cache.
 
-    1 if no number does well.
+    1 if no number does well, and for more than one batch axis: those may be sharded.
     """
-    fewest = _fewest_chunks(shape)
-    return next((chunks for chunks in range(fewest, 2 * fewest) if shape[0] % (chunks * _LANES) == 0), 1)
+    *batch, n, p = shape
+    if len(batch) != 1:
+        return 1
+    (count,) = batch
+    if layout_for(shape) is MATRICES_LAST:
+        if count * n * p <= _FEW_NUMBERS:
+            return 1
+        most = max(1, _NUMBERS // (n * p))
+        return next((count // size for size in range(most, most // 2, -1) if count % size == 0), 1)
+    fewest = _fewest_chunks((count, n, p))
+    return next((chunks for chunks in range(fewest, 2 * fewest) if count % (chunks * _LANES) == 0), 1)
 
 
 def _fewest_chunks(shape: tuple[int, int, int]) -> int:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..linalg import norm, squared_norm
+from ..linalg import MATRICES_LAST, Layout, chunks_of, layout_for, norm, squared_norm
+from ._chunks import by_chunks
 from ._euclidean import Euclidean
 from ._manifold import Manifold, compute_dtype
 from ._shared_products import displace_together, project_together, share_products
@@ -21,7 +22,7 @@ class Mixture:
     `kind` is an integer array over the leading axes (None if there is one manifold), `radius` a number or an array
     over the leading axes; the manifolds' own radii are not used. Elementwise selection by `kind` keeps shardings and
     costs less than sorting small matrices. Each manifold's arithmetic runs on the whole batch, except for many small
-    matrices, where all manifolds share the products of a step.
+    matrices, where all manifolds share the products of a step. Large ones are handled by chunks that stay in the cache.
     """
 
     manifolds: tuple[Manifold, ...]
@@ -42,8 +43,14 @@ class Mixture:
         """`project`, and the squared norms as they come: they may overflow."""
         if share_products(self.manifolds, x.shape):
             return project_together(self.manifolds, self.kind, self.radius, x, g)
-        v = self._select(lambda m, _, x, g: m.project(x, g), x, g)
-        return v, squared_norm(v)
+        if not _large(x.shape):
+            return self._project_each(x, g)
+
+        def project(layout, x, g, kind, radius, _):
+            v, squares = _part(self.manifolds, layout, kind, radius)._project_each(x, g)
+            return v, layout.take_values(squares)
+
+        return by_chunks(project, x, g, self.kind, self.radius)
 
     def displace(
         self,
@@ -57,10 +64,11 @@ class Mixture:
 
         The point reached is set to the new `radius` if that is given. `tangent` says that `w` has no other part.
         """
-        if share_products(self.manifolds, x.shape):
+        if share_products(self.manifolds, x.shape) or _large(x.shape):
             displacement, ratio = _displace(self.manifolds, tangent, self.kind, self.radius, x, w, radius, factor)
         else:
-            displacement, ratio = self._displace_each(x, w, radius, tangent, factor)
+            growth = None if radius is None else radius / self.radius
+            displacement, ratio = self._displace_each(x, w, growth, tangent, factor)
         return displacement, self.constrained(ratio)
 
     def nearest(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
@@ -94,8 +102,12 @@ class Mixture:
         x = ones[..., None, None]
         return self._select(lambda m, _, x: 0 * ones if isinstance(m, Euclidean) else ones, x)
 
+    def _project_each(self, x: Array, g: Array) -> tuple[Array, Array]:
+        v = self._select(lambda m, _, x, g: m.project(x, g), x, g)
+        return v, squared_norm(v)
+
     def _displace_each(
-        self, x: Array, w: Array, radius: Array | None, tangent: bool, factor: float | Array
+        self, x: Array, w: Array, growth: Array | None, tangent: bool, factor: float | Array
     ) -> tuple[Array, Array]:
         def retract(manifold, on, x, v):
             if on is not None:
@@ -108,8 +120,8 @@ class Mixture:
 
         v = factor * (w if tangent else self.project(x, w))
         y = self._select(retract, x, v)
-        if radius is not None:
-            y = y * (radius / self.radius)[..., None, None]
+        if growth is not None:
+            y = y * growth[..., None, None]
         return y - x, norm(v, (-2, -1)) / self.radius
 
     def _select(self, method, x: Array, *vectors: Array) -> Array:
@@ -123,15 +135,34 @@ class Mixture:
         return selected
 
 
+def _part(manifolds: tuple[Manifold, ...], layout: Layout, kind: Array | None, radius: Array) -> Mixture:
+    """Some of a mixture's matrices, of which `kind` and `radius` are given in a layout."""
+    return Mixture(manifolds, None if kind is None else layout.give_values(kind), layout.give_values(radius))
+
+
+def _large(shape: tuple[int, ...]) -> bool:
+    """Whether the matrices do not stay in the cache together."""
+    return layout_for(shape) is MATRICES_LAST and chunks_of(shape) > 1
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _displace(manifolds, tangent: bool, kind, at, x, w, radius, factor) -> tuple[Array, Array]:
-    return displace_together(manifolds, kind, at, x, w, radius, factor, tangent)
+    if share_products(manifolds, x.shape):
+        return displace_together(manifolds, kind, at, x, w, radius, factor, tangent)
+
+    def displace(layout, x, w, kind, at, _, growth):
+        growth = None if growth is None else layout.give_values(growth)
+        displacement, ratio = _part(manifolds, layout, kind, at)._displace_each(x, w, growth, tangent, factor)
+        return displacement, layout.take_values(ratio)
+
+    return by_chunks(displace, x, w, kind, at, radius)
 
 
 @_displace.defjvp
 def _displace_jvp(manifolds, tangent, primals, tangents):
     # The number of steps is found at run time and has no derivative; the manifolds' own retractions have one.
     def displace_each(kind, at, x, w, radius, factor):
-        return Mixture(manifolds, kind, at)._displace_each(x, w, radius, tangent, factor)
+        growth = None if radius is None else radius / at
+        return Mixture(manifolds, kind, at)._displace_each(x, w, growth, tangent, factor)
 
     return _displace(manifolds, tangent, *primals), jax.jvp(displace_each, primals, tangents)[1]

@@ -8,13 +8,11 @@ but for Stiefel. Inside this file matrices are in the layout for many small ones
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from ..linalg import (
     MATRICES_LAST,
     Layout,
-    chunks_of,
     gram_less_eye,
     iterate,
     largest,
@@ -23,6 +21,7 @@ from ..linalg import (
     with_inverse_root,
     within_reach,
 )
+from ._chunks import by_chunks
 from ._euclidean import Euclidean
 from ._manifold import Manifold
 from ._oblique import Oblique
@@ -51,7 +50,7 @@ def project_together(
         v = _Shared(manifolds, layout, kind, radius, inverse).project(x, g)
         return v, layout.apart(lambda v: layout.sum(jnp.square(v)), v)
 
-    return _by_chunks(project, x, g, kind, radius)
+    return by_chunks(project, x, g, kind, radius)
 
 
 def displace_together(
@@ -70,55 +69,7 @@ def displace_together(
         shared = _Shared(manifolds, layout, kind, radius, inverse)
         return shared.displace(x, w if tangent else shared.project(x, w), jnp.asarray(factor, x.dtype), growth)
 
-    return _by_chunks(displace, x, w, kind, radius, new_radius)
-
-
-def _by_chunks(function: Callable, x: Array, w: Array, kind: Array | None, radius: float | Array, *radii: Array | None):
-    """`function(layout, x, w, kind, radius, 1/radius, *(radii/radius))`, whose arrays are in the layout.
-
-    It answers with an array like `w` and a figure for each matrix. On CPU it is given chunks, so that the intermediate
-    results stay in the cache. Those of a whole network would be new to the process at every call, and the page faults
-    cost more than the arithmetic.
-    """
-    batch, layout, dtype = x.shape[:-2], layout_for(x.shape), max(x.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
-    radius = jnp.broadcast_to(jnp.asarray(radius, dtype), batch)
-    # Divided once, not for every entry.
-    values = [kind, radius, 1 / radius, *(each if each is None else each.astype(dtype) / radius for each in radii)]
-    # What goes into a loop or a branch is shaped as it is in memory, or it would be copied at every turn.
-    x, w = layout.keep(x.astype(dtype)), layout.keep(w.astype(dtype))
-    # More than one batch axis means that the axes may be sharded.
-    chunks = chunks_of((batch[0], x.shape[0], x.shape[1])) if len(batch) == 1 else 1
-
-    def whole(x, w, *values):
-        return _in_lanes(function, layout, x, w, *values)
-
-    def chunked(x, w, *values):
-        size = batch[0] // chunks
-        part_layout = layout.of_part(size)
-
-        def chunk(index, carry):
-            def part(a: Array) -> Array:
-                return lax.dynamic_slice_in_dim(a, index * size, size, a.ndim - 1)
-
-            # The result takes the place of what it is made from.
-            results = _in_lanes(function, part_layout, x, carry[0], *values, part=part)
-            return tuple(
-                lax.dynamic_update_slice_in_dim(a, own, index * size, a.ndim - 1)
-                for a, own in zip(carry, results, strict=True)
-            )
-
-        return lax.fori_loop(0, chunks, chunk, (w, jnp.zeros_like(values[1])))
-
-    results, figures = lax.platform_dependent(x, w, *values, cpu=chunked if chunks > 1 else whole, default=whole)
-    return layout.kept(results), figures
-
-
-def _in_lanes(function: Callable, layout: Layout, x: Array, w: Array, *values: Array | None, part=lambda a: a):
-    """`function` of some `part` of the arrays `[n, p, *batch]` and values `[*batch]`, answered in that order."""
-    x, w = (layout.apart(lambda a: layout.take_kept(part(a)), each) for each in (x, w))
-    own = (None if each is None else layout.take_values(part(each)) for each in values)
-    result, figure = function(layout, x, w, *own)
-    return layout.apart(layout.keep_given, result), layout.give_values(figure)
+    return by_chunks(displace, x, w, kind, radius, new_radius)
 
 
 class _Shared:

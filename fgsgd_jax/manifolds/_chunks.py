@@ -1,0 +1,49 @@
+"""Arithmetic on many matrices, on a few of them at a time."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from ..linalg import chunks_of, layout_for
+
+
+def by_chunks(
+    function: Callable, x: Array, w: Array, kind: Array | None, radius: float | Array, *radii: Array | None
+) -> tuple[Array, Array]:
+    """`function(layout, x, w, kind, radius, 1/radius, *(radii/radius))`, whose arrays are in the layout.
+
+    It answers with an array like `w` and a figure for each matrix. On CPU it is given chunks, so that the intermediate
+    results stay in the cache. Those of a whole network would be new to the process at every call, and the page faults
+    cost as much as the arithmetic.
+    """
+    batch, layout, dtype = x.shape[:-2], layout_for(x.shape), max(x.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
+    radius = jnp.broadcast_to(jnp.asarray(radius, dtype), batch)
+    # Divided once, not for every entry.
+    values = [kind, radius, 1 / radius, *(each if each is None else each.astype(dtype) / radius for each in radii)]
+    # What goes into a loop or a branch is shaped as it is in memory, or it would be copied at every turn.
+    x, w = layout.keep(x.astype(dtype)), layout.keep(w.astype(dtype))
+    chunks = chunks_of((*batch, *layout.kept(x).shape[-2:]))
+
+    def whole(x, w, *values):
+        x, w = (layout.apart(layout.take_kept, each) for each in (x, w))
+        result, figure = function(layout, x, w, *(v if v is None else layout.take_values(v) for v in values))
+        return layout.apart(layout.keep_given, result), layout.give_values(figure)
+
+    def chunked(x, w, *values):
+        size = batch[0] // chunks
+        own_layout = layout.of_part(size)
+
+        def chunk(index, carry):
+            (w, figures), start = carry, index * size
+            own = (v if v is None else own_layout.take_values(lax.dynamic_slice_in_dim(v, start, size)) for v in values)
+            result, figure = function(own_layout, *(layout.take_part(a, start, size) for a in (x, w)), *own)
+            # The result takes the place of what it is made from.
+            figure = own_layout.give_values(figure).astype(figures.dtype)
+            return layout.put_part(w, result, start), lax.dynamic_update_slice_in_dim(figures, figure, start, 0)
+
+        return lax.fori_loop(0, chunks, chunk, (w, jnp.zeros_like(values[1])))
+
+    results, figures = lax.platform_dependent(x, w, *values, cpu=chunked if chunks > 1 else whole, default=whole)
+    return layout.kept(results), figures
