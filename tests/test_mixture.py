@@ -55,6 +55,7 @@ def test_few_or_large_matrices_keep_the_usual_layout():
     assert layout_for((1023, 3, 3)) is MATRICES_LAST
     assert layout_for((1024, 3, 3)) is not MATRICES_LAST
     assert layout_for((4096, 16, 16)) is MATRICES_LAST
+    assert layout_for((4096, 64, 1)) is MATRICES_LAST
     assert share_products(MIX, (4096, 3, 3))
     assert not share_products((fg.Sphere(), fg.Stiefel(retraction="qr")), (4096, 3, 3))
     assert not share_products(MIX, (4096, 2, 3))

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 from ._largest import largest
 
 # Matrices whose products take so few multiplications are multiplied side by side, if there are many: on CPU that is
-# faster than batched products. Few matrices are not worth the longer compilation.
-_FEW_MULTIPLICATIONS = 768
+# faster than batched products, unless they have more rows. Few matrices are not worth the longer compilation.
+_FEW_MULTIPLICATIONS, _FEW_ROWS = 768, 32
 _MANY_MATRICES = 1024
 # So many numbers of each entry lie together, that the entries of a few matrices' worth of lanes stay in a core's L1
 # cache, and that a loop over them is worth starting.
@@ -364,7 +364,7 @@ def _row_major(x: Array) -> Array:
 def layout_for(shape: tuple[int, ...]) -> Layout:
     """The layout in which arithmetic on matrices of `shape` [*batch, n, p] is fastest."""
     *batch, n, p = shape
-    few = 0 < n * p * min(n, p) <= _FEW_MULTIPLICATIONS
+    few = 0 < n * p * min(n, p) <= _FEW_MULTIPLICATIONS and max(n, p) <= _FEW_ROWS
     return _LanesLast(tuple(batch)) if few and math.prod(batch) >= _MANY_MATRICES else MATRICES_LAST
 
 
