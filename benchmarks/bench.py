@@ -23,7 +23,7 @@ import tables
 # Seconds after which a part begins no further case.
 PARTS = {"kernels": 130, "updates": 300, "steps": 60, "growth": 70}
 # The same of a quick run.
-QUICK = {"kernels": 35, "updates": 25, "steps": 10, "growth": 15}
+QUICK = {"kernels": 30, "updates": 20, "steps": 10, "growth": 10}
 
 
 def main():
@@ -85,7 +85,8 @@ def show(folder: Path) -> None:
     from rich.markdown import Markdown
 
     results, console = tables.Results(folder), Console(width=None if sys.stdout.isatty() else 200)
-    parts = [*results.parts, *(["ratios", "memory"] if results.rows("kernels") or results.rows("updates") else [])]
+    parts = [*results.parts, *(["ratios"] if results.rows("kernels") else [])]
+    parts += ["memory"] if any("temporary" in row for row in results.rows("updates")) else []
     for part in ("kernels", "ratios", "updates", "memory", "steps", "growth"):
         if part in parts:
             console.print(Markdown(tables.TABLES[part](results)))

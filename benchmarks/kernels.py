@@ -79,11 +79,12 @@ def _measure(record, case, manifold, shape, repeats, seconds, count, patience):
 def _arguments(manifold, shape):
     """A point, and gradients whose tangent parts are of the length of a step."""
     rng = np.random.default_rng(0)
-    x = np.asarray(manifold.random_point(jax.random.key(0), shape, jnp.float32))
-    gs = []
+    # As one program each: operation by operation takes seconds to compile.
+    x = np.asarray(jax.jit(lambda key: manifold.random_point(key, shape, jnp.float32))(jax.random.key(0)))
+    project, gs = jax.jit(manifold.project), []
     for _ in range(DIRECTIONS):
         g = rng.standard_normal(shape, np.float32)
-        v = np.asarray(manifold.project(jnp.asarray(x), jnp.asarray(g)))
+        v = np.asarray(project(x, g))
         if isinstance(manifold, fg.Oblique):
             length = np.linalg.norm(v, axis=-2, keepdims=True)
         elif isinstance(manifold, fg.Stiefel):

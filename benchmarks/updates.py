@@ -91,10 +91,11 @@ NETWORKS = {
     "GPT-2 small": Network(gpt2(12), GPT),
 }
 QUICK = {
-    "ResNet-8": Network(cifar_resnet(8), {PIO: SLICES}, geoopt=True, memory=False),
+    "ResNet-8": Network(cifar_resnet(8), {PIO: SLICES}, memory=False),
     "GPT-2 small, attention of one layer": Network(
         {path: shape for path, shape in gpt2(1).items() if path in ("0/qkv", "0/proj")},
         {name: [rule for rule in rules if rule[0] in ("*/qkv", "*/proj")] for name, rules in GPT.items()},
+        memory=False,
     ),
     "ResNet-50, one block of width 256": Network(
         {path: shape for path, shape in imagenet_resnet((3, 4, 6, 3)).items() if path.startswith("2/1/")},
