@@ -286,6 +286,39 @@ def test_deviation_of_tall_matrices_is_not_rounded_like_their_sums_of_squares(sh
         np.testing.assert_allclose(jax.jit(lambda y: linalg.deviation(y, linalg.MATRICES_LAST))(y), exact, atol=2.5e-7)
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 70), (1, 3, 800), (1200, 2, 3)], ids=str)
+def test_wide_matrices_are_multiplied_as_their_transposes(shape):
+    """A few large ones, ones whose transposes are tall, and many small ones."""
+    rng = np.random.default_rng(13)
+    a, b = (rng.standard_normal(shape) for _ in range(2))
+    c = rng.standard_normal((shape[0], shape[1], shape[1]))
+    layout = linalg.upright_layout_for(shape)
+    x, y, z = (layout.take(jnp.asarray(each)) for each in (a, b, c))
+    for found, expected in {
+        "take and give": (x, a),
+        "matmul": (layout.matmul(x, z), c @ a),
+        "gram": (layout.gram(x, y), b @ h.transpose(a)),
+        "symmetric": (layout.symmetric(z), h.sym(c)),
+        "deviation": (linalg.deviation(x, layout), a @ h.transpose(a) - np.eye(shape[1])),
+        "rows": (0 * x + layout.sum(x, 0), np.broadcast_to(a.sum(-1, keepdims=True), shape)),
+    }.values():
+        np.testing.assert_allclose(layout.give(found), expected, rtol=1e-13, atol=1e-11)
+    assert linalg.upright_layout_for((4, 70, 9)) is linalg.layout_for((4, 70, 9))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (3, 200)], ids=str)
+def test_orthonormalize_makes_the_rows_of_wide_matrices_orthonormal(shape):
+    rng = np.random.default_rng(14)
+    x = np.swapaxes(np.linalg.qr(rng.standard_normal((4, shape[1], shape[0])))[0], -1, -2)
+    dy = rng.standard_normal((4, *shape))
+    for length in (0.01, 3.0):
+        y = jnp.asarray(x + length * rng.standard_normal((4, *shape)) / shape[1] ** 0.5)
+        u, du = jax.jvp(lambda y: orthonormalize(y, jnp.asarray(x)), (y,), (jnp.asarray(dy),))
+        expected, expected_du = jax.jvp(polar, (jnp.swapaxes(y, -1, -2),), (jnp.asarray(h.transpose(dy)),))
+        np.testing.assert_allclose(u, h.transpose(np.asarray(expected)), atol=1e-13)
+        np.testing.assert_allclose(du, h.transpose(np.asarray(expected_du)), atol=1e-10)
+
+
 @pytest.mark.parametrize("count", [1000, 1030, 9000])
 def test_joined_matrices_come_apart_again(count):
     """Filled up with the first ones to a number that is handled well."""

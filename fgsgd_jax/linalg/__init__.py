@@ -31,6 +31,7 @@ from ._products import (
     layout_for as layout_for,
     matmul as matmul,
     repeated as repeated,
+    upright_layout_for as upright_layout_for,
 )
 from ._qr import qf as qf
 from ._spectral import spectral_norm as spectral_norm

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from ._largest import largest
 from ._norm import norm
 from ._polar import polar_differential
-from ._products import Layout, layout_for
+from ._products import Layout, upright_layout_for
 from ._total import total
 
 # One quintic step maps the Gram's deviation e = ‖yᵀy - I‖ to 5/8 e³ (to leading order). So for float32 one step
@@ -26,7 +26,7 @@ _TALL = 128
 
 @jax.custom_jvp
 def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
-    """Polar factor of `y`, n ≥ p, by Newton–Schulz steps on its Gram matrix.
+    """Polar factor of `y` by Newton–Schulz steps on its Gram matrix: orthonormal columns, or rows for n < p.
 
     Near the manifold (singular values of `y` within about 0.5 of 1) it costs two n·p² products: the Gram and the
     application of a polynomial in it, of an order that is chosen from the measured deviation of the whole batch.
@@ -37,14 +37,14 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
 
     The order is a decision at run time, inside jit; under `vmap` all branches run.
     """
-    layout = layout_for(y.shape)
+    layout = upright_layout_for(y.shape)
     return layout.give(_orthonormalized(layout.take(y), fallback, layout))
 
 
 @jax.custom_jvp
 def orthonormalize_sum(x: Float[Array, "*batch n p"], v: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
     """`orthonormalize(x + v, x)`, which is formed where the terms are."""
-    layout = layout_for(x.shape)
+    layout = upright_layout_for(x.shape)
     return layout.give(
         _orthonormalized(layout.apart(operator.add, layout.apart(layout.take, x), layout.take(v)), x, layout)
     )
@@ -83,7 +83,7 @@ def deviation(y: Array, layout: Layout) -> Array:
     if y.shape[layout.axes[0]] < _TALL:
         return e
     # A product adds up a column's squares to 1 one by one, and rounds every sum: off by 1e-6 at n = 768.
-    return jnp.where(layout.eye(e) > 0, total(jnp.square(y), (-2,), parts=8) - 1, e)
+    return jnp.where(layout.eye(e) > 0, total(jnp.square(y), layout.axes[:1], 8, layout) - 1, e)
 
 
 def gram_less_eye(y: Array, layout: Layout) -> tuple[Array, Array]:
@@ -215,7 +215,7 @@ def _infinity_norm(a: Array, layout: Layout) -> Array:
 def _orthonormalize_jvp(primals, tangents):
     y, near = jax.jvp(within_reach, primals, tangents)
     u = orthonormalize(*primals)
-    return u, polar_differential(u, y, near)
+    return u, _differential(u, y, near)
 
 
 @orthonormalize_sum.defjvp
@@ -223,4 +223,10 @@ def _orthonormalize_sum_jvp(primals, tangents):
     (x, v), (dx, dv) = primals, tangents
     y, near = jax.jvp(within_reach, (x + v, x), (dx + dv, dx))
     u = orthonormalize_sum(x, v)
-    return u, polar_differential(u, y, near)
+    return u, _differential(u, y, near)
+
+
+def _differential(u: Array, y: Array, dy: Array) -> Array:
+    if y.shape[-2] >= y.shape[-1]:
+        return polar_differential(u, y, dy)
+    return jnp.swapaxes(polar_differential(*(jnp.swapaxes(each, -2, -1) for each in (u, y, dy))), -2, -1)

@@ -200,8 +200,7 @@ class _MatricesLast(Layout):
     def gram(self, a: Array, b: Array) -> Array:
         if a.shape[-2] * a.shape[-1] > _LARGER:
             # Else XLA on CPU copies the transposed matrix where there is only one.
-            rows, batch = a.ndim - 2, tuple(range(a.ndim - 2))
-            return lax.dot_general(a, b, (((rows,), (rows,)), (batch, batch)), precision=lax.Precision.HIGHEST)
+            return _contracted(a, b, -2)
         if math.prod(a.shape[:-2]) == 1 or a.shape[-2] * a.shape[-1] > _LARGE:
             return super().gram(a, b)
 
@@ -231,22 +230,38 @@ class _MatricesLast(Layout):
         return largest(x, axis=self._over(axis), keepdims=True)
 
 
+class _TransposesLast(_MatricesLast):
+    """`[*batch, p, n]`: arithmetic on the transposes of matrices that are wider than tall, which are nowhere formed."""
+
+    axes = (-1, -2)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return super().matmul(b, a)
+
+    def gram(self, a: Array, b: Array) -> Array:
+        return _contracted(b, a, -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class _LanesLast(Layout):
     """`[*blocks, n, p, lanes]`: products of small matrices as sums of outer products, each over many matrices at once.
 
     XLA on CPU compiles a sum of outer products of slices to one loop without branches, which reads each block from the
-    cache; entries that are computed one by one and stacked become a loop each, over the whole array.
+    cache; entries that are computed one by one and stacked become a loop each, over the whole array. `transposed` says
+    that `take` and `give` transpose the matrices.
     """
 
     batch: tuple[int, ...]
+    transposed: bool = False
     axes = (-3, -2)
 
     def take(self, x: Array) -> Array:
+        x = jnp.swapaxes(x, -2, -1) if self.transposed else x
         return jnp.moveaxis(self._blocks(x, 2), (-3, -2, -1), (-1, -3, -2))
 
     def give(self, x: Array) -> Array:
-        return self._whole(jnp.moveaxis(x, (-1, -3, -2), (-3, -2, -1)), 2)
+        x = self._whole(jnp.moveaxis(x, (-1, -3, -2), (-3, -2, -1)), 2)
+        return jnp.swapaxes(x, -2, -1) if self.transposed else x
 
     def take_kept(self, x: Array) -> Array:
         if len(self.batch) > 1:
@@ -341,7 +356,13 @@ class _LanesLast(Layout):
         return jnp.moveaxis(x, -1 - behind, self._longest)
 
 
-MATRICES_LAST = _MatricesLast()
+MATRICES_LAST, _TRANSPOSES_LAST = _MatricesLast(), _TransposesLast()
+
+
+def _contracted(a: Array, b: Array, axis: int) -> Array:
+    """The product over this axis of both; the axes before the last two are batches."""
+    over, batch = (a.ndim + axis,), tuple(range(a.ndim - 2))
+    return lax.dot_general(a, b, ((over, over), (batch, batch)), precision=lax.Precision.HIGHEST)
 
 
 def _alone(function: Callable[..., Any], *args: Any) -> Any:
@@ -366,6 +387,15 @@ def layout_for(shape: tuple[int, ...]) -> Layout:
     *batch, n, p = shape
     few = 0 < n * p * min(n, p) <= _FEW_MULTIPLICATIONS and max(n, p) <= _FEW_ROWS
     return _LanesLast(tuple(batch)) if few and math.prod(batch) >= _MANY_MATRICES else MATRICES_LAST
+
+
+def upright_layout_for(shape: tuple[int, ...]) -> Layout:
+    """The same of those matrices or, where they are wider than tall, of their transposes."""
+    *batch, n, p = shape
+    layout = layout_for((*batch, max(n, p), min(n, p)))
+    if n >= p:
+        return layout
+    return dataclasses.replace(layout, transposed=True) if isinstance(layout, _LanesLast) else _TRANSPOSES_LAST
 
 
 def filled_up(shape: tuple[int, int, int]) -> int:

@@ -8,36 +8,40 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ._products import MATRICES_LAST
+from ._products import MATRICES_LAST, Layout
 
 # So many slices are added up in one loop over their entries; of 16 and more XLA on CPU makes several.
 _SLICES = 8
 
 
-def total(x: Array, axes: tuple[int, ...], parts: int = 1) -> Array:
+def total(x: Array, axes: tuple[int, ...], parts: int = 1, layout: Layout = MATRICES_LAST) -> Array:
     """Sums along `axes`, which stay, with length 1; rounded less if the rows are added up in so many parts."""
     # Sums of slices, which XLA on CPU computes together with what they are sums of, and then products, since it takes
     # up to thirty times as long to add up what it computes along these axes.
-    if axes != (-2,):
+    rows, _ = layout.axes
+    if axes != (rows,):
         x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1], 1)
-    height = x.shape[-2] // _SLICES
+    height = x.shape[rows] // _SLICES
     if height < 2:
-        return functools.reduce(operator.add, jnp.split(x, max(x.shape[-2], 1), axis=-2))
-    slices = [lax.slice_in_dim(x, i * height, (i + 1) * height, axis=-2) for i in range(_SLICES)]
-    result = sum_of_rows(functools.reduce(operator.add, slices), parts)
-    if _SLICES * height < x.shape[-2]:
-        result += sum_of_rows(lax.slice_in_dim(x, _SLICES * height, None, axis=-2), parts)
+        return functools.reduce(operator.add, jnp.split(x, max(x.shape[rows], 1), axis=rows))
+    slices = [lax.slice_in_dim(x, i * height, (i + 1) * height, axis=rows) for i in range(_SLICES)]
+    result = sum_of_rows(functools.reduce(operator.add, slices), parts, layout)
+    if _SLICES * height < x.shape[rows]:
+        result += sum_of_rows(lax.slice_in_dim(x, _SLICES * height, None, axis=rows), parts, layout)
     return result
 
 
-def sum_of_rows(x: Array, parts: int = 1) -> Array:
-    """`total(x, (-2,))` by a product alone."""
-    *batch, n, p = x.shape
+def sum_of_rows(x: Array, parts: int = 1, layout: Layout = MATRICES_LAST) -> Array:
+    """The total over the rows by a product alone."""
+    batch, (n, p) = x.shape[:-2], (x.shape[axis] for axis in layout.axes)
     if p > 1:
         # As many rows of ones as matrices: for one, XLA on CPU would transpose x.
-        row, column = (lax.broadcasted_iota(jnp.int32, (*batch, parts, n), len(batch) + axis) for axis in range(2))
+        shape = list(x.shape)
+        for axis, size in zip(layout.axes, (parts, n), strict=True):
+            shape[axis] = size
+        row, column = (lax.broadcasted_iota(jnp.int32, shape, x.ndim + axis) for axis in layout.axes)
         ones = (column // -(-n // parts) == row).astype(x.dtype)
-        return functools.reduce(operator.add, jnp.split(MATRICES_LAST.matmul(ones, x), parts, axis=-2))
+        return functools.reduce(operator.add, jnp.split(layout.matmul(ones, x), parts, axis=layout.axes[0]))
     # Of a product of one row and one column, XLA on CPU makes the slow sum again.
     columns = 2 if math.prod(batch) == 1 else 1
-    return MATRICES_LAST.matmul(x[..., 0], jnp.ones((n, columns), x.dtype))[..., :1, None]
+    return MATRICES_LAST.matmul(x.reshape(*batch, n), jnp.ones((n, columns), x.dtype))[..., :1, None]

@@ -15,13 +15,13 @@ from ..linalg import (
     expm,
     gram,
     largest,
-    layout_for,
     matmul,
     norm,
     orthonormalize,
     orthonormalize_sum,
     polar,
     qf,
+    upright_layout_for,
     within_reach,
 )
 from ._manifold import Manifold, pytree
@@ -77,13 +77,12 @@ class Stiefel(Manifold):
             raise ValueError(f"Stiefel(retraction={self.retraction!r}): choose one of {get_args(Retraction)}")
 
     def _project(self, x, g):
-        x, g, back = _tall(x, g)
-        return back(_tangent(x, g))
+        return _tangent(x, g)
 
     def _retract(self, x, v):
-        x, v, back = _tall(x, v)
         if self.retraction == "polar":
-            return back(orthonormalize_sum(x, v))
+            return orthonormalize_sum(x, v)
+        x, v, back = _tall(x, v)
         v = within_reach(x + v, x) - x
         match self.retraction:
             case "qr":
@@ -120,8 +119,7 @@ class Stiefel(Manifold):
         return back(polar(x))
 
     def _violation(self, x):
-        x, _ = _tall(x)
-        layout = layout_for(x.shape)
+        layout = upright_layout_for(x.shape)
         return largest(jnp.abs(layout.give(deviation(layout.take(x), layout))), (-2, -1))
 
     def _from_gaussian(self, z):
@@ -244,7 +242,7 @@ _shooting_log.defvjp(_shooting_log_forward, _shooting_log_backward)
 
 
 def _tangent(x: Array, w: Array) -> Array:
-    layout = layout_for(x.shape)
+    layout = upright_layout_for(x.shape)
     x, w = layout.apart(layout.take, x), layout.apart(layout.take, w)
     core = layout.apart(lambda x, w: layout.symmetric(layout.gram(x, w)), x, w)
     return layout.give(layout.apart(lambda x, w, core: w - layout.matmul(x, core), x, w, core))
