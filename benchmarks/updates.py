@@ -110,6 +110,8 @@ def measure(record: Record, networks=None) -> None:
     for left in NETWORKS if networks is QUICK else ():
         if left not in networks:
             record.left_out(left, "all", "a quick run: fewer layers of the same widths, if any")
+    if networks is QUICK:
+        record.left_out("all", "geoopt", "a quick run: to import it takes seconds, and the kernels have it")
     repeats, seconds, patience = (7, 1.5, 0.5) if record.quick else (31, 10.0, 3.0)
     for case, network in networks.items():
         weights = sum(4 * np.prod(shape) for shape in network.shapes.values())

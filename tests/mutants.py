@@ -80,6 +80,21 @@ MUTANTS = [
         ("linalg/_products.py", "return (a + _row_major(", "return (a - _row_major("),
         by=LAYOUTS,
     ),
+    mutant(
+        "wide Gram transposed",
+        ("linalg/_products.py", '"...pk,...nk->...pn", b, a', '"...pk,...nk->...pn", a, b'),
+        by="tests/test_linalg.py::test_wide_matrices_are_multiplied_as_their_transposes",
+    ),
+    mutant(
+        "squares of a column in one sum",
+        ("linalg/_newton_schulz.py", "if y.shape[layout.axes[0]] < _TALL:", "if True:"),
+        by="tests/test_linalg.py::test_deviation_of_tall_matrices_is_not_rounded_like_their_sums_of_squares",
+    ),
+    mutant(
+        "chunks put into the first place",
+        ("linalg/_products.py", "update_slice_in_dim(x, part, start, 0)", "update_slice_in_dim(x, part, 0 * start, 0)"),
+        by="tests/test_mixture.py::test_large_matrices_by_chunks_are_handled_as_the_whole",
+    ),
     mutant("oblique by rows", ("manifolds/_oblique.py", "_axes = (-2,)", "_axes = (-1,)"), by=(TANGENT, RETRACTION)),
     mutant(
         "radius forgotten in projections",

@@ -277,13 +277,15 @@ def test_layouts_multiply_sum_and_give_back(shape):
     np.testing.assert_array_equal(values, b[..., 0, 0])
 
 
-@pytest.mark.parametrize("shape", [(768, 64), (1027, 8), (3072, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(768, 64), (1027, 8), (3072, 256), (6144, 1)], ids=str)
 def test_deviation_of_tall_matrices_is_not_rounded_like_their_sums_of_squares(shape):
     """By a product alone it is 1e-6 off in float32."""
     x = np.linalg.qr(np.random.default_rng(12).standard_normal(shape))[0].astype(np.float32)
+    deviation = jax.jit(lambda y: linalg.deviation(y, linalg.upright_layout_for(y.shape)))
     for y in (x, np.eye(*shape, dtype=np.float32), 1.001 * x):
         exact = y.astype(np.float64).T @ y.astype(np.float64) - np.eye(shape[1])
-        np.testing.assert_allclose(jax.jit(lambda y: linalg.deviation(y, linalg.MATRICES_LAST))(y), exact, atol=2.5e-7)
+        for like in (y, y.T, y[None], y[None, None]):
+            np.testing.assert_allclose(np.reshape(deviation(like), exact.shape), exact, atol=3.5e-7)
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 70), (1, 3, 800), (1200, 2, 3)], ids=str)

@@ -1,6 +1,7 @@
 """Batches of matrices on mixed manifolds: the shared products of many small ones are the manifolds' own geometry."""
 
 import functools
+import math
 
 import helpers as h
 import jax
@@ -36,6 +37,7 @@ def batch(shape, count, dtype, kinds, radius=0.06):
 
 project = jax.jit(lambda mixture, x, g: mixture.project(x, g))
 displace = jax.jit(lambda m, x, w, radius, tangent: m.displace(x, w, radius, tangent), static_argnums=4)
+displace_by = jax.jit(lambda m, x, w, radius, factor: m.displace(x, w, radius, False, factor))
 
 
 def piecewise(method, mixture, *arrays):
@@ -161,26 +163,64 @@ def test_weights_that_differ_by_device():
     assert np.max(np.asarray(fg.Stiefel().violation(found))) < 1e-6
 
 
-@pytest.mark.parametrize("kinds", [MIX, (fg.Stiefel(),), (fg.Sphere(), fg.Stiefel(retraction="qr"))], ids=str)
-def test_large_matrices_by_chunks_are_handled_as_the_whole(kinds, monkeypatch):
-    mixture, x, w = batch((12, 8), 6, "float32", kinds)
+def test_large_matrices_are_taken_one_or_a_few_at_a_time():
+    assert chunks_of((24, 768, 3072)) == 24
+    assert chunks_of((1200, 32, 32)) == 20
+    assert chunks_of((4, 128, 256)) == 1
+    assert chunks_of((3, 8, 768, 768)) == 1
+    assert chunks_of((0, 768, 768)) == chunks_of((5, 0, 768)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kinds", "shape"),
+    [
+        (MIX, (12, 8)),
+        ((fg.Stiefel(),), (8, 12)),
+        ((fg.Stiefel(),), (130, 3)),
+        ((fg.Sphere(), fg.Stiefel(retraction="qr")), (12, 8)),
+    ],
+    ids=str,
+)
+def test_large_matrices_by_chunks_are_handled_as_the_whole(kinds, shape, monkeypatch):
+    mixture, x, w = batch(shape, 6, "float32", kinds)
     new = mixture.radius * 1.5
+    methods = {
+        "project": lambda mixture, x, w: mixture.measured_projection(x, w),
+        "displace": lambda mixture, x, w: mixture.displace(x, w, new, False, 0.7),
+        "gradient": jax.grad(lambda m, x, w: jnp.sum(jnp.sin(100 * m.displace(x, w)[0])), argnums=(1, 2)),
+    }
 
-    def both(mixture, x, w):
-        return mixture.measured_projection(x, w), mixture.displace(x, w, new, False, 0.7)
+    def found():
+        return {name: jax.jit(lambda *args, f=method: f(*args)) for name, method in methods.items()}
 
-    def loss(w):
-        return jnp.sum(jnp.sin(100 * mixture.displace(x, w, None, False, 0.7)[0]))
+    whole = {name: method(mixture, x, w) for name, method in found().items()}
+    assert not any("scan[" in str(jax.make_jaxpr(f)(mixture, x, w)) for f in found().values())
+    monkeypatch.setattr(_products, "_FEW_NUMBERS", 0)
+    monkeypatch.setattr(_products, "_NUMBERS", 2 * math.prod(shape))
+    assert chunks_of(x.shape) == 3
+    for name, method in found().items():
+        assert "scan[" in str(jax.make_jaxpr(method)(mixture, x, w)), name
+        tolerance = {"rtol": 1e-3, "atol": 1e-3} if name == "gradient" else {"atol": 1e-6}
+        jax.tree.map(
+            lambda a, b, t=tolerance: np.testing.assert_allclose(a, b, **t), method(mixture, x, w), whole[name]
+        )
+    # A rate in float64, as NumPy's are.
+    displacement, _ = displace_by(mixture, x, w, new, jnp.float64(0.7))
+    np.testing.assert_allclose(displacement, whole["displace"][0], atol=1e-6)
 
-    assert "scan[" not in str(jax.make_jaxpr(lambda *args: both(*args))(mixture, x, w))
-    whole, gradient = jax.jit(lambda *args: both(*args))(mixture, x, w), jax.jit(jax.grad(lambda w: loss(w)))(w)
+
+def test_large_weights_that_differ_by_device_at_radii_that_do_not(monkeypatch):
     monkeypatch.setattr(_products, "_FEW_NUMBERS", 0)
     monkeypatch.setattr(_products, "_NUMBERS", 2 * 12 * 8)
-    assert chunks_of(x.shape) == 3
-    chunked = jax.jit(both)
-    assert "scan[" in str(jax.make_jaxpr(chunked)(mixture, x, w))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chunked(mixture, x, w), whole)
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(w), gradient, rtol=1e-4, atol=1e-4)
+    mesh = jax.make_mesh((1,), ("seed",), axis_types=(jax.sharding.AxisType.Auto,))
+    mixture, x, w = batch((12, 8), 6, "float32", (fg.Stiefel(),))
+    spec, same = jax.sharding.PartitionSpec("seed"), jax.sharding.PartitionSpec()
+
+    def step(mixture, x, w):
+        return mixture.displace(x[0], mixture.project(x[0], w[0]))[0][None]
+
+    found = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(same, spec, spec), out_specs=spec))
+    assert np.max(np.asarray(mixture.violation(x + found(mixture, x[None], w[None])[0]))) < 1e-6
 
 
 @pytest.mark.slow

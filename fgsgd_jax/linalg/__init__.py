@@ -26,6 +26,7 @@ from ._products import (
     MATRICES_LAST as MATRICES_LAST,
     Layout as Layout,
     chunks_of as chunks_of,
+    few_multiplications as few_multiplications,
     filled_up as filled_up,
     gram as gram,
     layout_for as layout_for,

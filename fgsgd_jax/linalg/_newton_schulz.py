@@ -12,7 +12,7 @@ from ._largest import largest
 from ._norm import norm
 from ._polar import polar_differential
 from ._products import Layout, upright_layout_for
-from ._total import total
+from ._total import sum_of_rows, total
 
 # One quintic step maps the Gram's deviation e = ‖yᵀy - I‖ to 5/8 e³ (to leading order). So for float32 one step
 # is enough below the first bound, two below the second, three below the third; float64 takes one more. The polynomial
@@ -22,6 +22,8 @@ _ORDER_FOUR_BELOW = 0.04
 _MOST_ITERATIONS = 64
 # From so many rows on, products in float32 leave a Gram matrix's diagonal 2e-7 off. Many small matrices have fewer.
 _TALL = 128
+# The parts in which a column's squares are added up.
+_PARTS = 8
 
 
 @jax.custom_jvp
@@ -82,8 +84,11 @@ def deviation(y: Array, layout: Layout) -> Array:
     e = g - layout.eye(g)
     if y.shape[layout.axes[0]] < _TALL:
         return e
-    # A product adds up a column's squares to 1 one by one, and rounds every sum: off by 1e-6 at n = 768.
-    return jnp.where(layout.eye(e) > 0, total(jnp.square(y), layout.axes[:1], 8, layout) - 1, e)
+    # A product adds up a column's squares to 1 one by one, and rounds every sum: off by 1e-6 at n = 768. With one batch
+    # axis nothing is sharded; slices of sharded rows would be gathered.
+    squares = jnp.square(y)
+    sums = total(squares, layout.axes[:1], _PARTS, layout) if y.ndim == 3 else sum_of_rows(squares, _PARTS, layout)
+    return jnp.where(layout.eye(e) > 0, sums - 1, e)
 
 
 def gram_less_eye(y: Array, layout: Layout) -> tuple[Array, Array]:
@@ -182,7 +187,7 @@ def iterate(y: Array, fallback: Array, layout: Layout) -> Array:
     # From here one more step reaches round-off.
     enough = 2.0**-18 if y.dtype == jnp.float64 else _STEPS_FOR_DEVIATION[0]
 
-    def deviation(square):
+    def bounds(square):
         return layout.apart(lambda square: spectral_bounds(square, layout), square)
 
     def nearer(z, e, square):
@@ -190,7 +195,7 @@ def iterate(y: Array, fallback: Array, layout: Layout) -> Array:
 
     def unconverged(carry):
         *_, square, iteration = carry
-        return (largest(deviation(square)) > enough) & (iteration < _MOST_ITERATIONS)
+        return (largest(bounds(square)) > enough) & (iteration < _MOST_ITERATIONS)
 
     def step(carry):
         *parts, iteration = carry
@@ -198,13 +203,13 @@ def iterate(y: Array, fallback: Array, layout: Layout) -> Array:
         return z, *gram_less_eye(z, layout), iteration + 1
 
     *parts, _ = lax.while_loop(unconverged, step, (z, *gram_less_eye(z, layout), 0))
-    return jnp.where(deviation(parts[-1]) <= enough, nearer(*parts), _orthonormal(fallback, layout))
+    return jnp.where(bounds(parts[-1]) <= enough, nearer(*parts), _orthonormal(fallback, layout))
 
 
 def _orthonormal(x: Array, layout: Layout) -> Array:
     """`x`, or the identity where its columns are far from orthonormal."""
-    deviation = spectral_bounds(gram_less_eye(x, layout)[1], layout)
-    return jnp.where(deviation <= _STEPS_FOR_DEVIATION[1], x, layout.eye(x))
+    bounds = spectral_bounds(gram_less_eye(x, layout)[1], layout)
+    return jnp.where(bounds <= _STEPS_FOR_DEVIATION[1], x, layout.eye(x))
 
 
 def _infinity_norm(a: Array, layout: Layout) -> Array:

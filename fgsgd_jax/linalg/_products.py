@@ -1,4 +1,4 @@
-"""Matrix products at full precision, in two layouts.
+"""Matrix products at full precision, in the layouts in which they are fast.
 
 JAX multiplies float32 in TF32 on recent GPUs and in bfloat16 on TPUs unless told otherwise, which is
 enough to lose a constraint in one step. Every product of the package that a constraint depends on is
@@ -22,13 +22,13 @@ from jaxtyping import Array, Float
 from ._largest import largest
 
 # Matrices whose products take so few multiplications are multiplied side by side, if there are many: on CPU that is
-# faster than batched products, unless they have more rows. Few matrices are not worth the longer compilation.
-_FEW_MULTIPLICATIONS, _FEW_ROWS = 768, 32
+# faster than batched products, unless they are longer. Few matrices are not worth the longer compilation.
+_FEW_MULTIPLICATIONS, _LONGEST = 768, 32
 _MANY_MATRICES = 1024
 # So many numbers of each entry lie together, that the entries of a few matrices' worth of lanes stay in a core's L1
 # cache, and that a loop over them is worth starting.
 _LANES, _FEWEST_LANES = 256, 64
-# The entries of a matrix whose transposition costs more than it saves: in a batch, and of a single one.
+# The entries of a matrix whose transposition costs more than it saves: in a batch, and of any.
 _LARGE, _LARGER = 2**17, 2**19
 # Numbers below each other in rows of so many are in different parts of the cache.
 _FAR_APART = 64
@@ -200,7 +200,7 @@ class _MatricesLast(Layout):
     def gram(self, a: Array, b: Array) -> Array:
         if a.shape[-2] * a.shape[-1] > _LARGER:
             # Else XLA on CPU copies the transposed matrix where there is only one.
-            return _contracted(a, b, -2)
+            return jnp.einsum("...kn,...kp->...np", a, b, precision=lax.Precision.HIGHEST)
         if math.prod(a.shape[:-2]) == 1 or a.shape[-2] * a.shape[-1] > _LARGE:
             return super().gram(a, b)
 
@@ -239,7 +239,7 @@ class _TransposesLast(_MatricesLast):
         return super().matmul(b, a)
 
     def gram(self, a: Array, b: Array) -> Array:
-        return _contracted(b, a, -1)
+        return jnp.einsum("...pk,...nk->...pn", b, a, precision=lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +248,7 @@ class _LanesLast(Layout):
 
     XLA on CPU compiles a sum of outer products of slices to one loop without branches, which reads each block from the
     cache; entries that are computed one by one and stacked become a loop each, over the whole array. `transposed` says
-    that `take` and `give` transpose the matrices.
+    that `take` and `give` transpose the matrices; those that are kept never are.
     """
 
     batch: tuple[int, ...]
@@ -256,21 +256,20 @@ class _LanesLast(Layout):
     axes = (-3, -2)
 
     def take(self, x: Array) -> Array:
-        x = jnp.swapaxes(x, -2, -1) if self.transposed else x
-        return jnp.moveaxis(self._blocks(x, 2), (-3, -2, -1), (-1, -3, -2))
+        return self._taken(jnp.swapaxes(x, -2, -1) if self.transposed else x)
 
     def give(self, x: Array) -> Array:
-        x = self._whole(jnp.moveaxis(x, (-1, -3, -2), (-3, -2, -1)), 2)
+        x = self._given(x)
         return jnp.swapaxes(x, -2, -1) if self.transposed else x
 
     def take_kept(self, x: Array) -> Array:
         if len(self.batch) > 1:
-            return self.take(self.kept(x))
+            return self._taken(self.kept(x))
         return jnp.moveaxis(x.reshape(*x.shape[:2], -1, self._lanes), 2, 0)
 
     def keep_given(self, x: Array) -> Array:
         if len(self.batch) > 1:
-            return self.keep(self.give(x))
+            return self.keep(self._given(x))
         return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)
 
     def take_part(self, x: Array, start: Array, count: int) -> Array:
@@ -289,7 +288,7 @@ class _LanesLast(Layout):
         return self._whole(values[..., 0, 0, :], 0)
 
     def of_part(self, count: int) -> Layout:
-        return _LanesLast((count,))
+        return dataclasses.replace(self, batch=(count,))
 
     def join(self, parts: Sequence[Array]) -> Array:
         entries = [jnp.moveaxis(part, (-2, -1), (0, 1)).reshape(*part.shape[-2:], -1) for part in parts]
@@ -334,6 +333,12 @@ class _LanesLast(Layout):
             x = functools.reduce(pair, jnp.split(x, x.shape[one], axis=one))
         return x
 
+    def _taken(self, x: Array) -> Array:
+        return jnp.moveaxis(self._blocks(x, 2), (-3, -2, -1), (-1, -3, -2))
+
+    def _given(self, x: Array) -> Array:
+        return self._whole(jnp.moveaxis(x, (-1, -3, -2), (-3, -2, -1)), 2)
+
     @property
     def _lanes(self) -> int:
         """Of one batch axis: as many as divide it well, else all."""
@@ -359,12 +364,6 @@ class _LanesLast(Layout):
 MATRICES_LAST, _TRANSPOSES_LAST = _MatricesLast(), _TransposesLast()
 
 
-def _contracted(a: Array, b: Array, axis: int) -> Array:
-    """The product over this axis of both; the axes before the last two are batches."""
-    over, batch = (a.ndim + axis,), tuple(range(a.ndim - 2))
-    return lax.dot_general(a, b, ((over, over), (batch, batch)), precision=lax.Precision.HIGHEST)
-
-
 def _alone(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, compiled for itself: a branch of which the compiler does not see that it is always taken."""
     results = jax.eval_shape(function, *args)
@@ -385,8 +384,14 @@ def _row_major(x: Array) -> Array:
 def layout_for(shape: tuple[int, ...]) -> Layout:
     """The layout in which arithmetic on matrices of `shape` [*batch, n, p] is fastest."""
     *batch, n, p = shape
-    few = 0 < n * p * min(n, p) <= _FEW_MULTIPLICATIONS and max(n, p) <= _FEW_ROWS
+    few = few_multiplications(shape) and min(n, p) > 0 and max(n, p) <= _LONGEST
     return _LanesLast(tuple(batch)) if few and math.prod(batch) >= _MANY_MATRICES else MATRICES_LAST
+
+
+def few_multiplications(shape: tuple[int, ...]) -> bool:
+    """Whether products of matrices of `shape` [*batch, n, p] cost little beside moving them."""
+    *_, n, p = shape
+    return n * p * min(n, p) <= _FEW_MULTIPLICATIONS
 
 
 def upright_layout_for(shape: tuple[int, ...]) -> Layout:

@@ -43,5 +43,8 @@ def sum_of_rows(x: Array, parts: int = 1, layout: Layout = MATRICES_LAST) -> Arr
         ones = (column // -(-n // parts) == row).astype(x.dtype)
         return functools.reduce(operator.add, jnp.split(layout.matmul(ones, x), parts, axis=layout.axes[0]))
     # Of a product of one row and one column, XLA on CPU makes the slow sum again.
-    columns = 2 if math.prod(batch) == 1 else 1
-    return MATRICES_LAST.matmul(x.reshape(*batch, n), jnp.ones((n, columns), x.dtype))[..., :1, None]
+    columns = max(parts, 2 if math.prod(batch) == 1 else 1)
+    row, column = (lax.broadcasted_iota(jnp.int32, (n, columns), axis) for axis in range(2))
+    ones = (row // -(-n // parts) == column).astype(x.dtype)
+    sums = jnp.split(MATRICES_LAST.matmul(x.reshape(*batch, n), ones), columns, axis=-1)
+    return functools.reduce(operator.add, sums)[..., None]

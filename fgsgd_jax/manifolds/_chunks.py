@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array
 
 from ..linalg import chunks_of, layout_for
+from ._manifold import compute_dtype
 
 
 def by_chunks(
@@ -18,7 +19,8 @@ def by_chunks(
     results stay in the cache. Those of a whole network would be new to the process at every call, and the page faults
     cost as much as the arithmetic.
     """
-    batch, layout, dtype = x.shape[:-2], layout_for(x.shape), max(x.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
+    batch, layout, widest = x.shape[:-2], layout_for(x.shape), max(x.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
+    dtype = compute_dtype(widest)
     radius = jnp.broadcast_to(jnp.asarray(radius, dtype), batch)
     # Divided once, not for every entry.
     values = [kind, radius, 1 / radius, *(each if each is None else each.astype(dtype) / radius for each in radii)]
@@ -40,10 +42,12 @@ def by_chunks(
             own = (v if v is None else own_layout.take_values(lax.dynamic_slice_in_dim(v, start, size)) for v in values)
             result, figure = function(own_layout, *(layout.take_part(a, start, size) for a in (x, w)), *own)
             # The result takes the place of what it is made from.
-            figure = own_layout.give_values(figure).astype(figures.dtype)
-            return layout.put_part(w, result, start), lax.dynamic_update_slice_in_dim(figures, figure, start, 0)
+            figures = lax.dynamic_update_slice_in_dim(figures, own_layout.give_values(figure), start, 0)
+            return layout.put_part(w, result, start), figures
 
-        return lax.fori_loop(0, chunks, chunk, (w, jnp.zeros_like(values[1])))
+        # In `shard_map` the results differ between devices where any of the arguments do.
+        nothing = sum(jnp.zeros_like(a, dtype, shape=()) for a in (x, w, *values) if a is not None)
+        return lax.fori_loop(0, chunks, chunk, (w + nothing, jnp.zeros(batch, dtype) + nothing))
 
     results, figures = lax.platform_dependent(x, w, *values, cpu=chunked if chunks > 1 else whole, default=whole)
-    return layout.kept(results), figures
+    return layout.kept(results).astype(widest), figures

@@ -41,16 +41,9 @@ class Mixture:
         self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"]
     ) -> tuple[Float[Array, "*b n p"], Float[Array, "*b"]]:
         """`project`, and the squared norms as they come: they may overflow."""
-        if share_products(self.manifolds, x.shape):
-            return project_together(self.manifolds, self.kind, self.radius, x, g)
-        if not _large(x.shape):
-            return self._project_each(x, g)
-
-        def project(layout, x, g, kind, radius, _):
-            v, squares = _part(self.manifolds, layout, kind, radius)._project_each(x, g)
-            return v, layout.take_values(squares)
-
-        return by_chunks(project, x, g, self.kind, self.radius)
+        if self._by_parts(x.shape):
+            return _project(self.manifolds, self.kind, self.radius, x, g)
+        return self._project_each(x, g)
 
     def displace(
         self,
@@ -64,7 +57,7 @@ class Mixture:
 
         The point reached is set to the new `radius` if that is given. `tangent` says that `w` has no other part.
         """
-        if share_products(self.manifolds, x.shape) or _large(x.shape):
+        if self._by_parts(x.shape):
             displacement, ratio = _displace(self.manifolds, tangent, self.kind, self.radius, x, w, radius, factor)
         else:
             growth = None if radius is None else radius / self.radius
@@ -102,6 +95,10 @@ class Mixture:
         x = ones[..., None, None]
         return self._select(lambda m, _, x: 0 * ones if isinstance(m, Euclidean) else ones, x)
 
+    def _by_parts(self, shape: tuple[int, ...]) -> bool:
+        """Whether other functions than the manifolds' own are faster, on the whole batch."""
+        return share_products(self.manifolds, shape) or _large(shape)
+
     def _project_each(self, x: Array, g: Array) -> tuple[Array, Array]:
         v = self._select(lambda m, _, x, g: m.project(x, g), x, g)
         return v, squared_norm(v)
@@ -118,7 +115,7 @@ class Mixture:
                 manifold = manifold.with_radius(jnp.where(on[..., 0, 0], manifold.radius, 1))
             return manifold.retract(x, v)
 
-        v = factor * (w if tangent else self.project(x, w))
+        v = factor * (w if tangent else self._project_each(x, w)[0])
         y = self._select(retract, x, v)
         if growth is not None:
             y = y * growth[..., None, None]
@@ -145,6 +142,30 @@ def _large(shape: tuple[int, ...]) -> bool:
     return layout_for(shape) is MATRICES_LAST and chunks_of(shape) > 1
 
 
+# What is found at run time has no derivative, and a loop over chunks a slow one; derivatives are those of the
+# manifolds' own methods.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _project(manifolds, kind, at, x, g) -> tuple[Array, Array]:
+    if share_products(manifolds, x.shape):
+        return project_together(manifolds, kind, at, x, g)
+
+    def project(layout, x, g, kind, at, _):
+        v, squares = _part(manifolds, layout, kind, at)._project_each(x, g)
+        return v, layout.take_values(squares)
+
+    return by_chunks(project, x, g, kind, at)
+
+
+@_project.defjvp
+def _project_jvp(manifolds, primals, tangents):
+    def project_each(kind, at, x, g):
+        return Mixture(manifolds, kind, at)._project_each(x, g)
+
+    return _project(manifolds, *primals), jax.jvp(project_each, primals, tangents)[1]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _displace(manifolds, tangent: bool, kind, at, x, w, radius, factor) -> tuple[Array, Array]:
     if share_products(manifolds, x.shape):
@@ -152,7 +173,8 @@ def _displace(manifolds, tangent: bool, kind, at, x, w, radius, factor) -> tuple
 
     def displace(layout, x, w, kind, at, _, growth):
         growth = None if growth is None else layout.give_values(growth)
-        displacement, ratio = _part(manifolds, layout, kind, at)._displace_each(x, w, growth, tangent, factor)
+        own = jnp.asarray(factor, x.dtype)
+        displacement, ratio = _part(manifolds, layout, kind, at)._displace_each(x, w, growth, tangent, own)
         return displacement, layout.take_values(ratio)
 
     return by_chunks(displace, x, w, kind, at, radius)
@@ -160,7 +182,6 @@ def _displace(manifolds, tangent: bool, kind, at, x, w, radius, factor) -> tuple
 
 @_displace.defjvp
 def _displace_jvp(manifolds, tangent, primals, tangents):
-    # The number of steps is found at run time and has no derivative; the manifolds' own retractions have one.
     def displace_each(kind, at, x, w, radius, factor):
         growth = None if radius is None else radius / at
         return Mixture(manifolds, kind, at)._displace_each(x, w, growth, tangent, factor)

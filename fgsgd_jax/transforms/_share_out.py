@@ -8,7 +8,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from ..groups import Batch
-from ..linalg import MATRICES_LAST, layout_for
+from ..linalg import few_multiplications
 from ..manifolds import Mixture
 
 
@@ -27,7 +27,7 @@ def displace(
     Small matrices cost less than bringing the parts together again, and sharded ones are shared out already: those are
     left as they are.
     """
-    if share_out is None or not batch.joined or len(x) == 1 or layout_for(x.shape) is not MATRICES_LAST:
+    if share_out is None or not batch.joined or len(x) == 1 or few_multiplications(x.shape):
         return mixture.displace(x, w, radius, tangent, factor)
     w, count, part = factor * w, len(x), PartitionSpec(share_out.axis_names)
 
