@@ -145,8 +145,11 @@ def gathers(kind, optimizer, *paths):
     """The gathers and exchanges of more than figures in the compiled update of these weights, as lines of HLO."""
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
-        params = placed({path: tensors(0)[path] for path in paths}, mesh, LAYOUTS["outputs"])
-        plan = fg.plan(params, [rule for rule in RULES if any(fnmatch.fnmatch(path, rule[0]) for path in paths)][:-1])
+        known = tensors(0) | {"tall": np.zeros((256, 8), np.float32)}
+        layout = LAYOUTS["outputs"] | {"tall": P("model", None)}
+        params = placed({path: known[path] for path in paths}, mesh, layout)
+        rules = [("tall", fg.Whole(fg.Stiefel(), view=MATRIX)), *RULES]
+        plan = fg.plan(params, [rule for rule in rules if any(fnmatch.fnmatch(path, rule[0]) for path in paths)][:-1])
         params = fg.initialize(jax.random.key(0), params, plan)
         tx = OPTIMIZERS[optimizer](plan)
         text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()

@@ -19,6 +19,7 @@ OPTIMIZERS = ("fgsgd", "chain", "adam", "riemannian_adam")
 USUAL = "Explicit/fully/fgsgd"
 OTHERS = [f"{kind}/{layout}/{name}" for kind in TYPES for layout in LAYOUTS for name in OPTIMIZERS]
 SLICES = [f"gathers/{kind}/{name}/conv/conv2" for kind, name in (("Auto", "fgsgd"), ("Explicit", "adam"))]
+ROWS = "gathers/Explicit/fgsgd/tall"
 SHARED_OUT = [f"shared out/{kind}/{name}" for kind in TYPES for name in ("fgsgd", "chain", "adam")]
 WHOLE = "gathers/Auto/fgsgd/qr"
 
@@ -31,7 +32,7 @@ def results(*cases):
 
 @pytest.fixture(scope="module")
 def usual():
-    return results(USUAL, *SLICES)
+    return results(USUAL, *SLICES, ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,12 @@ def test_every_optimizer_does_the_same_as_on_one_device(others, case):
 @pytest.mark.parametrize("case", SLICES)
 def test_slices_shared_out_over_channels_stay_where_they_are(usual, case):
     assert usual[case] == []
+
+
+@pytest.mark.slow
+def test_rows_shared_out_stay_where_they_are(usual):
+    """Enough of them for the squares of a column to be added up by parts."""
+    assert usual[ROWS] == []
 
 
 @pytest.mark.slow
