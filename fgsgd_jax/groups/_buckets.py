@@ -96,7 +96,7 @@ class Batch:
         }
 
     def keep(self, matrices: Float[Array, "*batch rows cols"], like: dict[str, Array]) -> Any:
-        """The matrices as a state keeps them, at no cost: joined as they are in memory, else as tensors by path."""
+        """The matrices as an update keeps them, at no cost: joined as they are in memory, else as tensors by path."""
         return layout_for(self._shape).keep(matrices) if self.joined else self.unstack(matrices, like)
 
     def kept(self, matrices: Any) -> Float[Array, "*batch rows cols"]:
@@ -106,6 +106,10 @@ class Batch:
     def kept_leaves(self, leaves: dict[str, Array]) -> Any:
         """The leaves' matrices as `keep` has them, with the shardings of the leaves."""
         return self.keep(self.stack(leaves), leaves) if self.joined else {path: leaves[path] for path in self.paths}
+
+    def unkept_leaves(self, kept: Any, like: dict[str, Array]) -> dict[str, Array]:
+        """Undoes `kept_leaves`: tensors by path, in the dtypes of `like`."""
+        return self.unstack(self.kept(kept), like) if self.joined else kept
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """FG-SGD as one transformation."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,8 @@ def fgsgd(
         check_on_manifold(params, plan, "fg.fgsgd", radii)
         kinds = kinds_of(plan, layout)
         started = scale.init(kinds, leaves)
-        kept = as_kept(in_compute_dtype(leaves))
+        # By path, so that a checkpoint can be read where the weights are shared out in another way.
+        kept = in_compute_dtype(leaves)
         return FgsgdState(
             kinds=kinds,
             groups=groups_of(plan, layout),
@@ -130,6 +131,13 @@ def fgsgd(
         others = {path: x for path, x in leaves.items() if path not in plan.collections}
         return Kept(others, tuple(batch.kept_leaves(leaves) for batch in joined))
 
+    def as_leaves(kept: Kept, like: dict[str, Array]) -> dict[str, Array]:
+        """Undoes `as_kept`."""
+        found = dict(kept.others)
+        for batch, own in zip(joined, kept.batches, strict=True):
+            found |= batch.unkept_leaves(own, like)
+        return found
+
     def decayed(g: Array, x: Array) -> Array:
         return g + jnp.asarray(weight_decay, g.dtype) * x.astype(g.dtype)
 
@@ -149,7 +157,9 @@ def fgsgd(
         rated, traced = state.inner, ()
         if trace is not None:
             traced, rated = state.inner
-            moved, traced = trace.update(moved, traced)
+            before = traced.trace
+            moved, followed = trace.update(moved, traced._replace(trace=as_kept(before)))
+            traced = traced._replace(trace=as_leaves(cast(Any, followed).trace, before))
         # Of the rate what it makes of one: matrices are multiplied by it where they are read anyway.
         ones = tuple(jnp.ones((), batch.dtype(points)) for batch in joined)
         stepped: Any
