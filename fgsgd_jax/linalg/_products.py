@@ -8,6 +8,7 @@ one of these.
 import abc
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -295,13 +296,21 @@ class _LanesLast(Layout):
         return self.kept(jnp.concatenate([*entries, *repeated(entries, *self.batch)], axis=-1))
 
     def split(self, x: Array, batches: Iterable[tuple[int, ...]]) -> list[Array]:
-        entries, parts, start = self.keep(x), [], 0
-        for batch in batches:
-            end = start + math.prod(batch)
-            part = lax.slice_in_dim(entries, start, end, axis=-1)
-            parts.append(jnp.moveaxis(part.reshape(*entries.shape[:2], *batch), (0, 1), (-2, -1)))
-            start = end
-        return parts
+        entries, batches = self.keep(x), list(batches)
+        sizes = [math.prod(batch) for batch in batches]
+        starts = list(itertools.accumulate(sizes[:-1], initial=0))
+
+        def split(entries, starts):
+            own = zip(starts, sizes, strict=True)
+            return [lax.dynamic_slice_in_dim(entries, start, size, axis=-1) for start, size in own]
+
+        def split_at_run_time(entries):
+            # XLA on CPU compiles a kernel for each part whose start it knows, and else one for each size.
+            return split(entries, _alone(lambda one: [start * one for start in starts], jnp.ones((), jnp.uint32)))
+
+        parts = lax.platform_dependent(entries, cpu=split_at_run_time, default=functools.partial(split, starts=starts))
+        parts = [part.reshape(*entries.shape[:2], *batch) for part, batch in zip(parts, batches, strict=True)]
+        return [jnp.moveaxis(part, (0, 1), (-2, -1)) for part in parts]
 
     def keep(self, x: Array) -> Array:
         # Entry by entry: to form blocks costs nothing in the cache, but a pass over the memory for a whole network.
