@@ -1,6 +1,6 @@
 """FG-SGD as one transformation."""
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -157,9 +157,9 @@ def fgsgd(
         rated, traced = state.inner, ()
         if trace is not None:
             traced, rated = state.inner
-            before = traced.trace
-            moved, followed = trace.update(moved, traced._replace(trace=as_kept(before)))
-            traced = traced._replace(trace=as_leaves(cast(Any, followed).trace, before))
+            # By path, where adding to the momentum and taking it apart is one pass.
+            followed, traced = trace.update(as_leaves(moved, traced.trace), traced)
+            moved = as_kept(followed)
         # Of the rate what it makes of one: matrices are multiplied by it where they are read anyway.
         ones = tuple(jnp.ones((), batch.dtype(points)) for batch in joined)
         stepped: Any
