@@ -106,6 +106,8 @@ def _scale_by_riemannian_adam(plan: Plan, b1: Scalar, b2: Scalar, eps: Scalar) -
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         gradients = constrained_leaves(updates, plan, "updates", "fg.riemannian_adam")
         carried, _ = tangent.update(state.mu, state.tangent, params)
+        # Else XLA lays the moments of a compiled loop out as the projection likes them, and rounds in another way.
+        carried = jax.lax.optimization_barrier(carried)
         moments = constrained_leaves(state.nu, plan, "second moments", "fg.riemannian_adam")
         squares = {path: jnp.square(g.astype(moments[path].dtype)) for path, g in gradients.items()}
         like = constrained(plan, moments)
