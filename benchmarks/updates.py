@@ -1,4 +1,4 @@
-"""Whole updates of whole networks: FG-SGD beside Optax's own optimizers and beside geoopt's.
+"""Whole updates of whole networks: FG-SGD beside Optax's own optimizers and beside other libraries'.
 
 What is timed is `tx.update` alone, compiled, on gradients at hand. The memory is that of a step of user's code, update
 and `optax.apply_updates` in one program that may reuse the buffers of weights and state.
@@ -40,7 +40,8 @@ class Network:
     shapes: Shapes
     # The plan's rules, by the name of the row.
     rules: Mapping[str, list]
-    geoopt: bool = False
+    # Whether other libraries' optimizers are measured too.
+    others: bool = False
     # Whether the whole step is compiled too, to see its memory.
     memory: bool = True
 
@@ -84,7 +85,7 @@ PIO, STIEFEL = "fgsgd, PIO(Sp+Ob+St)", "fgsgd, Stiefel by filters"
 GPT = {"fgsgd, Stiefel by matrices": MATRICES, "fgsgd, Stiefel by heads": HEADS}
 # The longest last, since no case begins when the time has run out.
 NETWORKS = {
-    "ResNet-110": Network(cifar_resnet(110), {PIO: SLICES}, geoopt=True),
+    "ResNet-110": Network(cifar_resnet(110), {PIO: SLICES}, others=True),
     "ResNet-50": Network(imagenet_resnet((3, 4, 6, 3)), {STIEFEL: FILTERS}),
     "ResNet-20": Network(cifar_resnet(20), {PIO: SLICES}, memory=False),
     "ResNet-56": Network(cifar_resnet(56), {PIO: SLICES}, memory=False),
@@ -156,15 +157,18 @@ def _measure(record, case, network, repeats, seconds, patience):
         compiled[name], figures[name] = _compiled(tx, grads, state, own, network.memory)
         programs[name] = lambda program=compiled[name], state=state, own=own: program(grads, state, own)
     packages = dict.fromkeys(programs, ())
-    if network.geoopt:
+    if network.others:
         _, grads, plan = examples[PIO]
-        for name, joined in (("geoopt.RiemannianSGD", False), ("geoopt.RiemannianSGD, layers joined", True)):
+        others = {
+            "geoopt.RiemannianSGD": (("geoopt", "torch"), lambda: _geoopt(params, grads, plan, joined=False)),
+            "geoopt.RiemannianSGD, layers joined": (("geoopt", "torch"), lambda: _geoopt(params, grads, plan, True)),
+            "riemannax's adapter, layers joined": (("riemannax",), lambda: _riemannax(params, grads, plan)),
+        }
+        for name, (own, program) in others.items():
             try:
-                programs[name] = _geoopt(params, grads, plan, joined)
-                figures[name], packages[name] = {}, ("geoopt", "torch")
+                programs[name], figures[name], packages[name] = program(), {}, own
             except ImportError as error:
                 record.left_out(case, name, str(error))
-        record.left_out(case, "riemannax", "riemannax 0.0.3 has no optimizer of more than one point, nor an adapter")
     again: dict[str, list[float]] = {}
     found = side_by_side(programs, repeats, seconds, again)
     for name in programs:
@@ -179,12 +183,12 @@ def _measure(record, case, network, repeats, seconds, patience):
 
 
 def _compared(seconds, name):
-    """The times of an update, over `optax.sgd`'s, over Muon's, and what geoopt takes over it."""
+    """The times of an update, over `optax.sgd`'s, over Muon's, and what other libraries take over it."""
     row = compared(seconds, name, "sgd", "optax.sgd")
     if "optax.contrib.muon" in seconds:
         row["over muon"] = ratio(seconds, name, "optax.contrib.muon")
     for other in seconds:
-        if other.startswith("geoopt") and name.startswith("fgsgd"):
+        if other.startswith(("geoopt", "riemannax")) and name.startswith("fgsgd"):
             row[f"{other} over it"] = ratio(seconds, other, name)
     return row
 
@@ -238,11 +242,11 @@ def _after(update, state, params, grads, plan, count):
     return {"violation": worst, "steps": count}
 
 
-def _geoopt(params, grads, plan, joined):
-    """Its momentum step on the same slices, in a tensor for each layer and manifold or in one for each manifold."""
-    torch, device, wait = on_torch()
-    import geoopt
+def _slices(params, grads, plan, joined):
+    """Points of radius 1 and their gradients, for each layer and manifold or, joined, for each manifold.
 
+    Whether they are matrices of a Stiefel manifold comes first: the others are spheres' vectors along the last axis.
+    """
     parts: dict[Any, list] = {}
     for path, collection in plan.collections.items():
         grids = [np.asarray(collection.view.split(tree[path])) for tree in (params, grads)]
@@ -250,18 +254,24 @@ def _geoopt(params, grads, plan, joined):
         for index, manifold in enumerate(collection.kinds):
             own = [grid[collection.kind == index].astype(np.float32) for grid in (grids[0] / radius, grids[1])]
             if not isinstance(manifold, fg.Stiefel):
-                # Columns of an oblique matrix, and a sphere's matrix, are vectors along the last axis.
                 size = own[0].shape[-2] if isinstance(manifold, fg.Oblique) else own[0][0].size
                 own = [np.swapaxes(each, -1, -2).reshape(-1, size) for each in own]
-            parts.setdefault(
-                (type(manifold) if joined else (path, index), isinstance(manifold, fg.Stiefel)), []
-            ).append(own)
-    points = []
+            key = type(manifold) if joined else (path, index)
+            parts.setdefault((key, isinstance(manifold, fg.Stiefel)), []).append(own)
     for (_, stiefel), own in parts.items():
-        x, g = (torch.from_numpy(np.concatenate(each)).to(device) for each in zip(*own, strict=True))
+        yield stiefel, *(np.concatenate(each) for each in zip(*own, strict=True))
+
+
+def _geoopt(params, grads, plan, joined):
+    """Its momentum step on the same slices, in a tensor for each layer and manifold or in one for each manifold."""
+    torch, device, wait = on_torch()
+    import geoopt
+
+    points = []
+    for stiefel, x, g in _slices(params, grads, plan, joined):
         space = geoopt.EuclideanStiefel() if stiefel else geoopt.Sphere()
-        points.append(geoopt.ManifoldParameter(x, manifold=space))
-        points[-1].grad = g
+        points.append(geoopt.ManifoldParameter(torch.from_numpy(x).to(device), manifold=space))
+        points[-1].grad = torch.from_numpy(g).to(device)
     optimizer = geoopt.optim.RiemannianSGD(points, lr=RATE, momentum=MOMENTUM)
 
     def step():
@@ -269,3 +279,21 @@ def _geoopt(params, grads, plan, joined):
         return wait(())
 
     return step
+
+
+def _riemannax(params, grads, plan):
+    """Its adapter for Optax behind momentum, on all slices of each manifold at once."""
+    try:
+        from riemannax.api.optax_adapter import RiemannianOptaxAdapter
+        from riemannax.manifolds import Sphere, Stiefel
+    except ImportError as error:
+        raise ImportError(f"in its repository it has an adapter, in release 0.0.3 it has none ({error})") from error
+
+    parts = []
+    for stiefel, x, g in _slices(params, grads, plan, joined=True):
+        space = Stiefel(*x.shape[1:]) if stiefel else Sphere(x.shape[1] - 1)
+        tx = optax.chain(optax.trace(MOMENTUM), RiemannianOptaxAdapter(space, RATE))
+        state = jax.vmap(tx.init)(jnp.asarray(x))
+        program = jax.jit(jax.vmap(tx.update)).lower(g, state, x).compile()
+        parts.append((program, (jnp.asarray(g), state, jnp.asarray(x))))
+    return lambda: [program(*arguments) for program, arguments in parts]
