@@ -155,6 +155,8 @@ def fgsgd(
         free = {path: decayed(g, points[path]) for path, g in free.items()}
         moved: Any = Kept(free, steps)
         rated, traced = state.inner, ()
+        followed: Any
+        stepped: Any
         if trace is not None:
             traced, rated = state.inner
             # By path, where adding to the momentum and taking it apart is one pass.
@@ -162,7 +164,6 @@ def fgsgd(
             moved = as_kept(followed)
         # Of the rate what it makes of one: matrices are multiplied by it where they are read anyway.
         ones = tuple(jnp.ones((), batch.dtype(points)) for batch in joined)
-        stepped: Any
         stepped, rated = rate.update(Kept(moved.others, ones), rated)
         displacements, rescaled, ratios = automatic(
             displaced,
