@@ -84,10 +84,10 @@ class Scale:
             return ScaleState(Stacked(radii, paths), None)
         empty = tuple(_empty(radius.shape, radius.dtype) for radius in radii)
         unfed = Stacked(tuple(jnp.zeros(len(layers), jnp.int32) for layers in paths), paths)
-        zero = jnp.zeros((), jnp.int32)
-        # A copy: donated buffers must not be handed in twice.
+        # No buffer twice: a donated one must not be handed in twice.
         gamma = tuple(jnp.copy(radius) for radius in radii)
-        return ScaleState(Stacked(radii, paths), LambdaState(gamma, empty, zero, zero, unfed))
+        since_change, total = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return ScaleState(Stacked(radii, paths), LambdaState(gamma, empty, since_change, total, unfed))
 
     def advance(self, state: ScaleState, kinds: Stacked, feature_moments: Any) -> ScaleState:
         """The state after one more applied update; the radii change if it was the last of the epoch."""
