@@ -211,7 +211,7 @@ class Target:
             return "—", "not measured"
         met = found >= self.limit if self.at_least else found <= self.limit
         distance = self.limit / found if self.at_least else found / self.limit
-        return number(found, 2), "met" if met else f"missed by a factor of {number(distance, 2)}"
+        return number(found, 2), "met" if met else f"missed by a factor of {number(distance, 3)}"
 
 
 def _floor(case: str, floor: str) -> Callable[[Results], float | None]:

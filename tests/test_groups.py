@@ -1,5 +1,6 @@
 """Views, schemes and the plan: counts that are fixed, positions that are drawn, and errors that say what to write."""
 
+import dataclasses
 import json
 import re
 
@@ -12,6 +13,7 @@ import pytest
 from scipy import stats
 
 import fgsgd_jax as fg
+from fgsgd_jax.groups import batches, buckets
 
 FOUR = [fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean()]
 SCHEMES = {"PI": fg.PI, "PO": fg.PO, "PIO": fg.PIO}
@@ -952,3 +954,15 @@ def test_the_table_shows_what_was_decided():
     for word in ("i o -> 1 1 i o", "Whole", "Stiefel"):
         assert word in dense, word
     assert "Conv_0/bias" in str(plan)  # what is frozen out is said aloud
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "sharded"])
+def test_what_an_update_keeps_comes_back_in_the_dtype_of_the_momentum(joined):
+    """Else the momentum of float32 weights would be float64 after a gradient that is."""
+    like = {"w": jnp.zeros((2, 3, 4, 5), jnp.float32)}
+    plan = fg.plan(like, [("w", fg.Each(fg.Sphere()))])
+    (batch,) = (dataclasses.replace(batch, joined=joined) for batch in batches(plan, buckets(plan)))
+    directions = {"w": jnp.arange(120.0, dtype=jnp.float64).reshape(2, 3, 4, 5)}
+    found = batch.unkept_leaves(batch.keep(batch.stack(directions), directions), like)
+    assert found["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(found["w"], directions["w"])

@@ -1,6 +1,7 @@
 """The links and fgsgd: beside a slow reference, against the equations, and under the wrappers of optax and flax."""
 
 import re
+from typing import Any
 
 import chex
 import helpers as h
@@ -433,6 +434,22 @@ def test_a_plan_of_none_is_sgd_exactly(momentum, nesterov, rate):
     chex.assert_trees_all_equal(linked, theirs)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_leaf_without_a_gradient_is_left_alone(momentum):
+    params, plan = network(dtype="float32")
+    tx, gradients = fg.fgsgd(0.1, plan, momentum=momentum), in_dtype(slope_of_loss(network()[0]), "float32")
+
+    def without_bias(tree):
+        return tree | {"conv1": tree["conv1"] | {"bias": None}}
+
+    all_updates, _ = tx.update(gradients, tx.init(params), params)
+    updates, state = tx.update(without_bias(gradients), tx.init(params), params)
+    chex.assert_trees_all_equal(updates, without_bias(all_updates))
+    # Its momentum is where it was, for a gradient that comes later.
+    chex.assert_trees_all_equal_structs(state, tx.init(params))
+    tx.update(gradients, state, params)
+
+
 def test_every_link_passes_unconstrained_leaves_untouched():
     params, plan = network()
     grads = gaussians(SHAPES, "float64", 3)
@@ -590,6 +607,20 @@ def test_update_runs_under_vmap():
     for i in range(2):
         alone, _ = tx.update(grads[i], tx.init(params), params)
         chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[i], together), alone, rtol=0, atol=1e-12)  # noqa: B023
+
+
+def test_a_state_may_be_donated():
+    """No two of its leaves are one buffer, which XLA refuses to be given twice."""
+    params, plan = network()
+    options: dict[str, Any] = {"every": 2, "warmup": (2, 4)}
+    for tx in (
+        fg.fgsgd(0.1, plan, momentum=0.9, **options),
+        fg.rescale(plan, **options),
+        fg.on_manifolds(optax.adam(0.1), plan, **options),
+        fg.riemannian_adam(0.1, plan, **options),
+    ):
+        buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tx.init(params)) if leaf.size]
+        assert len(set(buffers)) == len(buffers)
 
 
 # --- radii, metrics

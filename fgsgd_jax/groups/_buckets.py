@@ -1,6 +1,7 @@
 """Buckets and batches: the parameters of a plan, stacked and handled together.
 
-A program over them grows with the number of different matrices, not with the number of layers.
+Arithmetic on them is compiled once for each sort of matrix; what grows with the number of layers is to join them and to
+take them apart.
 """
 
 import dataclasses
@@ -109,7 +110,9 @@ class Batch:
 
     def unkept_leaves(self, kept: Any, like: dict[str, Array]) -> dict[str, Array]:
         """Undoes `kept_leaves`: tensors by path, in the dtypes of `like`."""
-        return self.unstack(self.kept(kept), like) if self.joined else kept
+        if self.joined:
+            return self.unstack(self.kept(kept), like)
+        return {path: x.astype(like[path].dtype) for path, x in kept.items()}
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """FG-SGD as one transformation."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from ._zeta import Scalar, check_options
 
 
 class Kept(NamedTuple):
-    """Directions and momentum: leaves without a collection by path, and the matrices of every batch."""
+    """Directions: leaves without a collection by path, and the matrices of every batch as it keeps them."""
 
     others: dict[str, Array]
     batches: tuple[Any, ...]
@@ -127,7 +127,7 @@ def fgsgd(
         return {path: x.astype(compute_dtype(x.dtype)) if path in plan.collections else x for path, x in leaves.items()}
 
     def as_kept(leaves: dict[str, Array]) -> Kept:
-        """The leaves as momentum sees them."""
+        """The leaves as the retraction takes them."""
         others = {path: x for path, x in leaves.items() if path not in plan.collections}
         return Kept(others, tuple(batch.kept_leaves(leaves) for batch in joined))
 
@@ -154,13 +154,15 @@ def fgsgd(
         free = {path: g for path, g in (gradients | others).items() if path not in plan.collections}
         free = {path: decayed(g, points[path]) for path, g in free.items()}
         moved: Any = Kept(free, steps)
-        rated, traced = state.inner, ()
-        followed: Any
+        rated, traced = cast(Any, (state.inner, ()))
         stepped: Any
         if trace is not None:
             traced, rated = state.inner
-            # By path, where adding to the momentum and taking it apart is one pass.
-            followed, traced = trace.update(as_leaves(moved, traced.trace), traced)
+            # By path: adding to the momentum and taking it apart is one pass. A leaf without a gradient keeps its own.
+            directions, before = as_leaves(moved, traced.trace), traced.trace
+            present = traced._replace(trace={path: before[path] for path in directions})
+            followed, present = cast(Any, trace.update(directions, present))
+            traced = traced._replace(trace=before | present.trace)
             moved = as_kept(followed)
         # Of the rate what it makes of one: matrices are multiplied by it where they are read anyway.
         ones = tuple(jnp.ones((), batch.dtype(points)) for batch in joined)
