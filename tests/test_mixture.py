@@ -222,6 +222,15 @@ def test_large_weights_that_differ_by_device_at_radii_that_do_not(monkeypatch):
     found = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(same, spec, spec), out_specs=spec))
     assert np.max(np.asarray(mixture.violation(x + found(mixture, x[None], w[None])[0]))) < 1e-6
 
+    # And rates that differ, from one start.
+    def at_rate(x, w, rate):
+        return mixture.displace(x, w, factor=rate[0])[0][None]
+
+    rates = jax.jit(jax.shard_map(at_rate, mesh=mesh, in_specs=(same, same, spec), out_specs=spec))
+    np.testing.assert_allclose(
+        rates(x, w, jnp.full(1, 0.5, x.dtype))[0], displace_by(mixture, x, w, None, 0.5)[0], atol=1e-6
+    )
+
 
 @pytest.mark.slow
 def test_gradient_through_a_shared_step():

@@ -171,13 +171,12 @@ def _displace(manifolds, tangent: bool, kind, at, x, w, radius, factor) -> tuple
     if share_products(manifolds, x.shape):
         return displace_together(manifolds, kind, at, x, w, radius, factor, tangent)
 
-    def displace(layout, x, w, kind, at, _, growth):
+    def displace(layout, x, w, kind, at, _, growth, factor):
         growth = None if growth is None else layout.give_values(growth)
-        own = jnp.asarray(factor, x.dtype)
-        displacement, ratio = _part(manifolds, layout, kind, at)._displace_each(x, w, growth, tangent, own)
+        displacement, ratio = _part(manifolds, layout, kind, at)._displace_each(x, w, growth, tangent, factor)
         return displacement, layout.take_values(ratio)
 
-    return by_chunks(displace, x, w, kind, at, radius)
+    return by_chunks(displace, x, w, kind, at, radius, scalars=(factor,))
 
 
 @_displace.defjvp

@@ -65,11 +65,11 @@ def displace_together(
 ) -> tuple[Array, Array]:
     """`φ_x(v) - x` with v `factor` times the tangent part of `w`, and ‖v‖/s; at `new_radius` [*batch] if given."""
 
-    def displace(layout, x, w, kind, radius, inverse, growth):
+    def displace(layout, x, w, kind, radius, inverse, growth, factor):
         shared = _Shared(manifolds, layout, kind, radius, inverse)
-        return shared.displace(x, w if tangent else shared.project(x, w), jnp.asarray(factor, x.dtype), growth)
+        return shared.displace(x, w if tangent else shared.project(x, w), factor, growth)
 
-    return by_chunks(displace, x, w, kind, radius, new_radius)
+    return by_chunks(displace, x, w, kind, radius, new_radius, scalars=(factor,))
 
 
 class _Shared:
