@@ -178,7 +178,7 @@ def _placed(leaves: dict[str, Array], like: Any) -> dict[str, Array]:
 
 
 def _of_batch(batch: Batch, leaves: dict[str, Array]) -> dict[str, Array]:
-    return {path: leaves[path] for bucket in batch.buckets for path in bucket.paths}
+    return {path: leaves[path] for path in batch.paths}
 
 
 def _radii(radii: Radii | str | None, batch: Batch, gamma: Array) -> Array | None:
