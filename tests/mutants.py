@@ -56,16 +56,6 @@ MUTANTS = [
         by=SHARED,
     ),
     mutant(
-        "sym without its half, shared",
-        ("linalg/_products.py", "return (a + self.transpose(a)) / 2", "return a + self.transpose(a)"),
-        by=SHARED,
-    ),
-    mutant(
-        "skew for sym, shared",
-        ("linalg/_products.py", "return (a + self.transpose(a)) / 2", "return (a - self.transpose(a)) / 2"),
-        by=SHARED,
-    ),
-    mutant(
         "sym without its half",
         ("linalg/_products.py", "return (a + self.transpose(a)) / 2", "return a + self.transpose(a)"),
         by=TANGENT,
