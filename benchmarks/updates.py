@@ -160,16 +160,16 @@ def _measure(record, case, network, repeats, seconds, patience):
     if network.others:
         _, grads, plan = examples[PIO]
         others = {
-            "geoopt.RiemannianSGD": (("geoopt", "torch"), lambda: _geoopt(params, grads, plan, joined=False)),
+            "geoopt.RiemannianSGD": (("geoopt", "torch"), lambda: _geoopt(params, grads, plan, False)),
             "geoopt.RiemannianSGD, layers joined": (("geoopt", "torch"), lambda: _geoopt(params, grads, plan, True)),
             "riemannax's adapter, layers joined": (("riemannax",), lambda: _riemannax(params, grads, plan)),
         }
-        for name, (own, program) in others.items():
+        for name, (libraries, make) in others.items():
             # One that fails is left out, and takes no other row with it.
             with record.case(case, name):
-                made = program()
-                jax.block_until_ready(made())
-                programs[name], figures[name], packages[name] = made, {}, own
+                program = make()
+                jax.block_until_ready(program())
+                programs[name], figures[name], packages[name] = program, {}, libraries
     again: dict[str, list[float]] = {}
     found = side_by_side(programs, repeats, seconds, again)
     for name in programs:

@@ -95,7 +95,8 @@ class Plan:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.difference(other) is None
 
-    __hash__ = None  # type: ignore[assignment]  # equal by content, which is large
+    # Plans are equal by content, and hold arrays: a hash that agrees with that would read all of them at each look-up.
+    __hash__ = None  # type: ignore[assignment]
 
     def difference(self, other: "Plan") -> str | None:
         """The first difference to another plan, in words; None if there is none."""
