@@ -38,6 +38,7 @@ from .manifolds import (
     Stiefel as Stiefel,
 )
 from .transforms import (
+    Rescaling as Rescaling,
     StepMetrics as StepMetrics,
     fgsgd as fgsgd,
     metrics as metrics,

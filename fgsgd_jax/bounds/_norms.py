@@ -71,7 +71,7 @@ def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Laye
     leaves, result = checked_leaves(params, plan), {}
     for stack in layer_stacks(leaves, plan):
         bucket = stack.bucket
-        stacked = bucket.stack(leaves)
+        stacked = bucket.matrices(leaves)
         tables = _of_bucket(
             stacked,
             _radii(stack, radii, stacked.dtype),

@@ -8,17 +8,25 @@ from ..groups import View
 from ._moments import FeatureMoments, merge_over
 
 
-def matrix_moments(moments: FeatureMoments, view: View, shape: tuple[int, ...]) -> FeatureMoments:
-    """Moments per matrix [inputs, outputs], pooled over the channels of a matrix.
+def matrix_moments(moments: FeatureMoments, view: View, shape: tuple[int, ...], layer_axes: int = 0) -> FeatureMoments:
+    """Moments per matrix [*layers, inputs, outputs], pooled over the channels of a matrix.
 
     Args:
       moments: of the features that enter a weight of `shape`.
       view: the weight's grid of matrices.
       shape: of the weight.
+      layer_axes: so many leading axes of the weight, and of the moments, stack layers.
 
     Raises:
       ValueError: if the channels are not those of the weight.
     """
+    if layer_axes:
+        if moments.mean.shape[:layer_axes] != shape[:layer_axes]:
+            raise ValueError(
+                f"feature moments of shape {moments.mean.shape} are not stacked over layers as the weight of shape "
+                f"{shape} is"
+            )
+        return jax.vmap(lambda own: matrix_moments(own, view, shape[1:], layer_axes - 1))(moments)
     entries = jax.tree.map(lambda x: _against_weight(x, moments.axes, shape), moments)
     pooled = merge_over(jax.tree.map(view.split_broadcast, entries), axis=(-2, -1))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, view.grid[:2]), pooled)

@@ -1,18 +1,19 @@
 """Floor 3, grouping: which matrix of which tensor lives where. Knows nothing of gradients."""
 
+from ._as_plan import as_plan as as_plan
 from ._automatic import automatic as automatic
 from ._buckets import (
-    Batch as Batch,
     Bucket as Bucket,
-    Stacked as Stacked,
-    batches as batches,
+    Stacks as Stacks,
     buckets as buckets,
-    figures as figures,
+    gammas as gammas,
     groups_of as groups_of,
     kinds_of as kinds_of,
+    names_of as names_of,
+    widest as widest,
 )
 from ._collection import Collection as Collection
-from ._paths import by_path as by_path, from_paths as from_paths, path_of as path_of
+from ._paths import Pattern as Pattern, by_path as by_path, from_paths as from_paths, path_of as path_of
 from ._plan import Plan as Plan, plan as plan
 from ._schemes import (
     PI as PI,
@@ -28,7 +29,6 @@ from ._views import View as View
 from ._weights import (
     Radii as Radii,
     checked_leaves as checked_leaves,
-    gammas as gammas,
     initialize as initialize,
     nearest as nearest,
     violation as violation,

@@ -35,6 +35,7 @@ class Collection:
     member: Int[np.ndarray, "inputs outputs"]
     group: Int[np.ndarray, "inputs outputs"]
     gamma: float | np.ndarray
+    layers: tuple[int, ...] = ()
 
     @functools.cached_property
     def num_groups(self) -> int:

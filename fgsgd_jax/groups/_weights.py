@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -12,16 +12,19 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..linalg import largest, squared_norm
-from ..manifolds import Mixture
+from ..manifolds import Euclidean, Mixture
+from ._as_plan import as_plan
 from ._automatic import automatic
-from ._buckets import Batch, Bucket, batches, buckets, kinds_of
-from ._paths import by_path, from_paths
+from ._buckets import Bucket, buckets, gammas, kinds_of
+from ._paths import Pattern, by_path, from_paths
 from ._plan import Plan
+from ._schemes import Scheme
 
-Radii = dict[str, Float[Array, "inputs outputs"]]
+Radii = dict[str, Float[Array, "*layers inputs outputs"]]
+PlanOrRules = Plan | Iterable[tuple[Pattern, Scheme | None]]
 
 
-def initialize(key: PRNGKeyArray, params: Any, plan: Plan) -> Any:
+def initialize(key: PRNGKeyArray, params: Any, plan: PlanOrRules) -> Any:
     """Draws every constrained weight uniformly on its manifold of radius γ.
 
     This is the paper's initialization (line 2 of Algorithm 1, λ = 1). Euclidean matrices and unconstrained parameters
@@ -30,7 +33,7 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan) -> Any:
     Args:
       key: a JAX random key.
       params: the parameters, for their structure, shapes, dtypes and the Euclidean weights.
-      plan: the plan of these parameters.
+      plan: the plan of these parameters, or its rules.
 
     Returns:
       Parameters of the same structure.
@@ -50,25 +53,23 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan) -> Any:
       >>> bool(fg.violation(params, plan)["kernel"] < 1e-6)
       True
     """
+    plan = as_plan(plan, params)
     leaves = checked_leaves(params, plan)
-    for batch, kind, gamma in _batches(plan, leaves):
-        own = _of_batch(batch, leaves)
-        z = {
-            path: jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape, batch.dtype(leaves))
-            for path, leaf in own.items()
-        }
-        leaves |= automatic(functools.partial(_uniform, batch), kind, gamma, z, own, like=own)
+    for bucket, kind, gamma in _buckets(plan, leaves):
+        own = _of_bucket(bucket, leaves)
+        hashes = np.array([zlib.crc32(path.encode()) for path in bucket.paths], np.uint32)
+        leaves |= automatic(functools.partial(_uniform, bucket), key, hashes, kind, gamma, own, like=own)
     return from_paths(_placed(leaves, params), params)
 
 
-def nearest(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = None) -> Any:
+def nearest(params: Any, plan: PlanOrRules, radii: Radii | Literal["fitted"] | None = None) -> Any:
     """Moves every constrained weight to the nearest point of its manifold.
 
     Use it for weights that were trained without the constraint, or averaged.
 
     Args:
       params: the parameters.
-      plan: the plan of these parameters.
+      plan: the plan of these parameters, or its rules.
       radii: of the manifolds: None for the plan's γ, `fg.radii(opt_state)` for those of a training, `"fitted"` for the
         radius of each matrix's own scale (the least-squares fit of the manifold to it).
 
@@ -88,20 +89,23 @@ def nearest(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = N
       >>> float(fg.nearest(params, plan, radii="fitted")["kernel"][0, 0])
       2.0
     """
+    plan = as_plan(plan, params)
     leaves = checked_leaves(params, plan)
-    for batch, kind, gamma in _batches(plan, leaves):
-        radius = _radii(radii, batch, gamma)
-        own = _of_batch(batch, leaves)
-        leaves |= automatic(functools.partial(_nearest, batch), kind, radius, own, like=own)
+    for bucket, kind, gamma in _buckets(plan, leaves):
+        radius = _radii(radii, bucket, gamma)
+        own = _of_bucket(bucket, leaves)
+        leaves |= automatic(functools.partial(_nearest, bucket), kind, radius, own, like=own)
     return from_paths(_placed(leaves, params), params)
 
 
-def violation(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None = None) -> dict[str, Float[Array, ""]]:
+def violation(
+    params: Any, plan: PlanOrRules, radii: Radii | Literal["fitted"] | None = None
+) -> dict[str, Float[Array, ""]]:
     """How far every constrained weight is from its manifold.
 
     Args:
       params: the parameters.
-      plan: the plan of these parameters.
+      plan: the plan of these parameters, or its rules.
       radii: of the manifolds, by path: None for the plan's γ, `fg.radii(opt_state)`, or `"fitted"` for each matrix's
         own.
 
@@ -122,16 +126,15 @@ def violation(params: Any, plan: Plan, radii: Radii | Literal["fitted"] | None =
       >>> bool(fg.violation(params, plan, radii="fitted")["dense"] < 1e-6)
       True
     """
+    plan = as_plan(plan, params)
     leaves, result = checked_leaves(params, plan), {}
-    for batch, kind, gamma in _batches(plan, leaves):
-        radius = _radii(radii, batch, gamma)
-        own = _of_batch(batch, leaves)
-        whole = [jnp.zeros(len(bucket.paths)) for bucket in batch.buckets]
-        violations = automatic(functools.partial(_violation, batch), kind, radius, own, like=whole)
-        for bucket, values in zip(batch.buckets, violations, strict=True):
-            for path, value in zip(bucket.paths, values, strict=True):
-                if plan.collections[path].constrained:
-                    result[path] = value
+    for bucket, kind, gamma in _buckets(plan, leaves):
+        if all(isinstance(manifold, Euclidean) for manifold in bucket.kinds):
+            continue
+        radius = _radii(radii, bucket, gamma)
+        own, like = _of_bucket(bucket, leaves), jnp.zeros(len(bucket.paths))
+        found = automatic(functools.partial(_violation, bucket), kind, radius, own, like=like)
+        result |= dict(zip(bucket.paths, found, strict=True))
     return {path: result[path] for path in plan.collections if path in result}
 
 
@@ -150,19 +153,10 @@ def checked_leaves(params: Any, plan: Plan) -> dict[str, Any]:
     return leaves
 
 
-def gammas(plan: Plan, bucket: Bucket, dtype: jnp.dtype) -> Float[np.ndarray, "layers inputs outputs"]:
-    """γ of every matrix of a bucket."""
-    grid = bucket.view.grid[:2]
-    return np.stack([np.broadcast_to(np.asarray(plan.collections[path].gamma, dtype), grid) for path in bucket.paths])
-
-
-def _batches(plan: Plan, leaves: dict[str, Array]) -> Iterator[tuple[Batch, Array | None, Array]]:
-    """The batches of a plan with the kinds and γ of their matrices."""
-    layout = buckets(plan)
-    kinds = kinds_of(plan, layout).values
-    scales = [jnp.asarray(gammas(plan, bucket, bucket.dtype(leaves))) for bucket in layout]
-    for batch in batches(plan, layout):
-        yield batch, batch.flat(batch.own(kinds)), batch.flat(batch.own(scales))
+def _buckets(plan: Plan, leaves: dict[str, Array]) -> Iterator[tuple[Bucket, Array | None, Array]]:
+    """The buckets of a plan with the kinds and γ of their matrices [paths, *layers, inputs, outputs]."""
+    for bucket, kind, gamma in zip(buckets(plan), kinds_of(plan), gammas(plan, leaves), strict=True):
+        yield bucket, kind if len(bucket.kinds) > 1 else None, gamma
 
 
 def _placed(leaves: dict[str, Array], like: Any) -> dict[str, Array]:
@@ -177,50 +171,49 @@ def _placed(leaves: dict[str, Array], like: Any) -> dict[str, Array]:
     return {path: placed(leaf, before[path]) for path, leaf in leaves.items()}
 
 
-def _of_batch(batch: Batch, leaves: dict[str, Array]) -> dict[str, Array]:
-    return {path: leaves[path] for path in batch.paths}
+def _of_bucket(bucket: Bucket, leaves: dict[str, Array]) -> dict[str, Array]:
+    return {path: leaves[path] for path in bucket.paths}
 
 
-def _radii(radii: Radii | str | None, batch: Batch, gamma: Array) -> Array | None:
-    """The radii of a batch; None for those fitted to the weights."""
+def _radii(radii: Radii | str | None, bucket: Bucket, gamma: Array) -> Array | None:
+    """The radii of a bucket's matrices; None for those fitted to the weights."""
     if radii is None or isinstance(radii, str):
         return None if radii else gamma
-    grids = []
-    for bucket in batch.buckets:
-        if missing := [path for path in bucket.paths if path not in radii]:
-            raise ValueError(
-                f"radii has no entry for {missing[0]!r}: pass fg.radii(opt_state) of a state made by this plan"
-            )
-        grid = bucket.view.grid[:2]
-        grids.append(jnp.stack([jnp.broadcast_to(jnp.asarray(radii[path]), grid) for path in bucket.paths]))
-    return batch.flat(grids)
+    if missing := [path for path in bucket.paths if path not in radii]:
+        raise ValueError(
+            f"radii has no entry for {missing[0]!r}: pass fg.radii(opt_state) of a state made by this plan"
+        )
+    return jnp.stack([jnp.broadcast_to(jnp.asarray(radii[path]), bucket.grid) for path in bucket.paths])
 
 
-# One program per batch, with the stacking inside: run one by one, its slices are compiled one by one.
+# One program per bucket, with the stacking inside: run one by one, its slices are compiled one by one.
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _uniform(batch: Batch, kind, radius, z, leaves):
-    x = batch.stack(leaves)
-    return batch.unstack(Mixture(batch.kinds, kind, radius.astype(x.dtype)).from_gaussian(batch.stack(z), x), leaves)
+def _uniform(bucket: Bucket, key, hashes, kind, radius, leaves):
+    x = bucket.matrices(leaves)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes)
+    z = jax.vmap(lambda key: jax.random.normal(key, bucket.shape, x.dtype))(keys)
+    mixture = Mixture(bucket.kinds, kind, radius.astype(x.dtype))
+    return bucket.tensors(mixture.from_gaussian(bucket.view.split(z), x), leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nearest(batch: Batch, kind, radius, leaves):
-    x = batch.stack(leaves)
+def _nearest(bucket: Bucket, kind, radius, leaves):
+    x = bucket.matrices(leaves)
     if radius is not None:
-        return batch.unstack(Mixture(batch.kinds, kind, radius.astype(x.dtype)).nearest(x), leaves)
+        return bucket.tensors(Mixture(bucket.kinds, kind, radius.astype(x.dtype)).nearest(x), leaves)
     # The nearest point of radius 1 has the same direction at every radius; the best radius is <x, y> / <y, y>.
-    y = Mixture(batch.kinds, kind).nearest(x)
-    unit = Mixture(batch.kinds, kind).radius_of(y)
+    y = Mixture(bucket.kinds, kind).nearest(x)
+    unit = Mixture(bucket.kinds, kind).radius_of(y)
     length = jnp.sum(x * y, axis=(-2, -1)) / jnp.maximum(squared_norm(y), jnp.finfo(x.dtype).tiny)
-    free = Mixture(batch.kinds, kind).constrained(jnp.ones_like(unit)) == 0
-    return batch.unstack(jnp.where(free[..., None, None], x, length[..., None, None] * y), leaves)
+    free = Mixture(bucket.kinds, kind).constrained(jnp.ones_like(unit)) == 0
+    return bucket.tensors(jnp.where(free[..., None, None], x, length[..., None, None] * y), leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _violation(batch: Batch, kind, radius, leaves):
-    x = batch.stack(leaves)
-    mixture = Mixture(batch.kinds, kind)
+def _violation(bucket: Bucket, kind, radius, leaves):
+    x = bucket.matrices(leaves)
+    mixture = Mixture(bucket.kinds, kind)
     mixture = mixture.at(mixture.radius_of(x) if radius is None else radius.astype(x.dtype))
-    return [largest(grid, (1, 2)) for grid in batch.grids(mixture.violation(x))]
+    return largest(bucket.by_path(mixture.violation(x)), 1)

@@ -10,30 +10,16 @@ from ._enclosures import (
 from ._expm import expm as expm
 from ._gram_iteration import gram_iteration as gram_iteration
 from ._largest import largest as largest
-from ._newton_schulz import (
-    deviation as deviation,
-    gram_less_eye as gram_less_eye,
-    iterate as iterate,
-    orthonormalize as orthonormalize,
-    orthonormalize_sum as orthonormalize_sum,
-    spectral_bounds as spectral_bounds,
-    with_inverse_root as with_inverse_root,
-    within_reach as within_reach,
-)
 from ._norm import norm as norm, squared_norm as squared_norm
-from ._polar import polar as polar
-from ._products import (
-    MATRICES_LAST as MATRICES_LAST,
-    Layout as Layout,
-    chunks_of as chunks_of,
-    few_multiplications as few_multiplications,
-    filled_up as filled_up,
-    gram as gram,
-    layout_for as layout_for,
-    matmul as matmul,
-    repeated as repeated,
-    upright_layout_for as upright_layout_for,
+from ._polar import (
+    MOST_TURNS as MOST_TURNS,
+    deviation as deviation,
+    exact_below as exact_below,
+    identity as identity,
+    orthonormalize as orthonormalize,
+    polar as polar,
 )
+from ._products import gram as gram, matmul as matmul, symmetric as symmetric, transpose as transpose
 from ._qr import qf as qf
 from ._spectral import spectral_norm as spectral_norm
 from ._symbol import (
@@ -42,5 +28,4 @@ from ._symbol import (
     torus_basis as torus_basis,
     unrolled_basis as unrolled_basis,
 )
-from ._total import sum_of_rows as sum_of_rows, total as total
 from ._two_to_one import two_to_one as two_to_one

@@ -7,7 +7,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ._largest import largest
-from ._products import MATRICES_LAST, layout_for
 
 
 def norm(x: Float[Array, "..."], axis: int | Sequence[int], keepdims: bool = False) -> Float[Array, "..."]:
@@ -17,27 +16,14 @@ def norm(x: Float[Array, "..."], axis: int | Sequence[int], keepdims: bool = Fal
     The derivative at zero is 0 instead of NaN.
     """
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
-    if axes == (-2, -1) and (layout := layout_for(x.shape)) is not MATRICES_LAST:
-        x = layout.take(x)
-        length = layout.give_values(_norm(x, layout.sum, layout.max))[..., None, None]
-    else:
-        length = _norm(
-            x,
-            lambda x: jnp.sum(x, axis=axes, keepdims=True),
-            lambda x: largest(x, axes, keepdims=True),
-        )
+    top = lax.stop_gradient(largest(jnp.abs(x), axes, keepdims=True))
+    # The reciprocal of a denormal overflows, so below `tiny` entries are left as they are.
+    scale = jnp.where((top > jnp.finfo(x.dtype).tiny) & jnp.isfinite(top), top, 1)
+    squares = jnp.sum(jnp.square(x / scale), axis=axes, keepdims=True)
+    length = jnp.where(squares == 0, 0, scale * jnp.sqrt(jnp.where(squares == 0, 1, squares)))
     return length if keepdims else jnp.squeeze(length, axis=axes)
 
 
-def _norm(x, total, maximum):
-    top = lax.stop_gradient(maximum(jnp.abs(x)))
-    # The reciprocal of a denormal overflows, so below `tiny` entries are left as they are.
-    scale = jnp.where((top > jnp.finfo(x.dtype).tiny) & jnp.isfinite(top), top, 1)
-    squares = total(jnp.square(x / scale))
-    return jnp.where(squares == 0, 0, scale * jnp.sqrt(jnp.where(squares == 0, 1, squares)))
-
-
 def squared_norm(x: Float[Array, "*batch n p"]) -> Float[Array, "*batch"]:
-    """Sum of the squared entries of each matrix, as it comes: it may overflow."""
-    layout = layout_for(x.shape)
-    return layout.give_values(layout.apart(lambda x: layout.sum(jnp.square(layout.take_kept(x))), layout.keep(x)))
+    """Sum of the squared entries of each matrix. It overflows where the sum does."""
+    return jnp.sum(jnp.square(x), axis=(-2, -1))

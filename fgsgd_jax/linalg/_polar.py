@@ -1,34 +1,113 @@
-"""Polar factor of any matrix, by the singular value decomposition."""
+"""Polar factor of a matrix, by products alone."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from ._largest import largest
-from ._products import gram, matmul
+from ._products import gram, matmul, symmetric, transpose
+
+# From the smallest singular value that float32 tells from 0 (eps of the largest) the iteration takes 20 turns.
+MOST_TURNS = 40
+# From so many rows on the sum of squares is off by more than 2e-7 in float32.
+_TALL = 128
+
+
+@jax.custom_jvp
+def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
+    """Polar factor `y (yᵀy)^-½` of matrices with n ≥ p; `fallback` where there is none (NaN, rank below p).
+
+    One turn is `y ← y q(yᵀy - I)` with the Taylor polynomial `q` of order 4 of `(1 + e)^-½`. It is exact to round-off
+    where all singular values are within 2 % of 1 in float32, which every step of up to 0.2 radii satisfies; the number
+    of turns follows from the measured deviation of the whole batch. The Gram matrix is that of `y` itself, so that
+    errors of earlier calls are corrected, not carried along.
+    """
+    point, converged = polar_iteration(y)
+    return jnp.where(converged, point, fallback)
 
 
 @jax.custom_jvp
 def polar(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
-    """Orthonormal factor `U = y (yᵀy)^-½` of a matrix with n ≥ p: the nearest with orthonormal columns.
+    """Polar factor of any matrix with n ≥ p: a nearest matrix with orthonormal columns.
 
-    A rank-deficient `y` has several nearest matrices; this returns one of them, the same each time.
-    The derivative is that of the polar factor, also where singular values coincide.
+    A rank-deficient `y` has several nearest matrices; this returns one of them, the same each time. A matrix that is
+    not finite gives the identity.
     """
-    # The factors of an overflowing or denormal matrix are those of its scaled self.
     top = largest(jnp.abs(y), (-2, -1), keepdims=True)
-    scaled = jnp.where(top > 0, y / jnp.where(top > 0, top, 1), 0)
-    u, _, vh = jnp.linalg.svd(scaled, full_matrices=False)
-    u = matmul(u, vh)
-    # The product of two orthonormal factors carries both errors; one Newton step removes them.
-    return 1.5 * u - 0.5 * matmul(u, gram(u, u))
+    # The factor of an overflowing or denormal matrix is that of its scaled self.
+    y = jnp.where((top > 0) & jnp.isfinite(top), y / jnp.where(top > 0, top, 1), 0)
+    # A perturbation at round-off has full rank: its factor is taken where the matrix itself has none.
+    points, converged = polar_iteration(jnp.stack([y, y + 4 * jnp.finfo(y.dtype).eps * _generic(y)]))
+    nudged = jnp.where(converged[1], points[1], identity(y))
+    return jnp.where(converged[0], points[0], nudged)
+
+
+def polar_iteration(y: Float[Array, "*batch n p"]) -> tuple[Float[Array, "*batch n p"], Bool[Array, "*batch 1 1"]]:
+    """Polar factors by as many turns as the matrix that is furthest from orthonormal takes, and which converged."""
+
+    def unfinished(carry):
+        _, bound, turns = carry
+        return jnp.any(bound > exact_below(y.dtype)) & (turns < MOST_TURNS)
+
+    def turn(carry):
+        y, _, turns = carry
+        e = deviation(y)
+        # Below a Gram of norm 2 the iteration converges. Anything else is scaled into (0, 1] by its ∞-norm at first.
+        size = jnp.max(jnp.sum(jnp.abs(e), axis=-1, keepdims=True), axis=-2, keepdims=True)
+        shrink = jnp.where((turns == 0) & (size > 1), 1 / (1 + size), 1)
+        e = shrink * e - (1 - shrink) * identity(e)
+        square = matmul(e, e)
+        root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
+        # ‖e‖₂ ≤ ‖e²‖_F^½.
+        bound = jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(square), axis=(-2, -1), keepdims=True)))
+        return jnp.sqrt(shrink) * (y + matmul(y, root)), bound, turns + 1
+
+    start = jnp.full((*y.shape[:-2], 1, 1), jnp.inf, y.dtype) + 0 * y[..., :1, :1]
+    y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
+    return y, bound <= exact_below(y.dtype)
+
+
+def exact_below(dtype: jnp.dtype) -> float:
+    """The deviation of a Gram matrix from I up to which one turn is exact to round-off: its error is e⁵/4."""
+    return float(jnp.finfo(dtype).eps) ** 0.2
+
+
+def deviation(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch p p"]:
+    """`yᵀy - I`; the diagonal of tall matrices is summed as Σ(y² - 1/n).
+
+    The sum of squares rounds every partial sum relative to 1, and all in one direction: that is 1e-6 at n = 768 in
+    float32. These partial sums stay small: 1e-7.
+    """
+    products = gram(y, y)
+    e = products - identity(products)
+    if (n := y.shape[-2]) < _TALL:
+        return e
+    return jnp.where(identity(e) > 0, jnp.sum(jnp.square(y) - 1 / n, axis=-2, keepdims=True), e)
+
+
+def identity(x: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
+    """The n×p identity for each of the matrices."""
+    return jnp.broadcast_to(jnp.eye(*x.shape[-2:], dtype=x.dtype), x.shape)
+
+
+def _generic(y: Array) -> Array:
+    """Matrices without symmetry, of entries up to 1: cosines of squares."""
+    n, p = y.shape[-2:]
+    index = jnp.arange(n * p, dtype=y.dtype).reshape(n, p)
+    return jnp.broadcast_to(jnp.cos(jnp.square(index)), y.shape)
+
+
+@orthonormalize.defjvp
+def _orthonormalize_jvp(primals, tangents):
+    u = orthonormalize(*primals)
+    return u, polar_differential(u, primals[0], tangents[0])
 
 
 @polar.defjvp
 def _polar_jvp(primals, tangents):
-    (y,), (dy,) = primals, tangents
-    u = polar(y)
-    return u, polar_differential(u, y, dy)
+    u = polar(*primals)
+    return u, polar_differential(u, primals[0], tangents[0])
 
 
 def polar_differential(u: Array, y: Array, dy: Array) -> Array:
@@ -37,15 +116,13 @@ def polar_differential(u: Array, y: Array, dy: Array) -> Array:
     With `H = uᵀy` it is `uΩ + (I - uuᵀ) dy H⁻¹`, where `HΩ + ΩH = uᵀdy - dyᵀu` (Higham, *Functions of
     Matrices*, section 8.2). Directions in which `y` is singular are taken as constant.
     """
-    h = gram(u, y)
-    eigenvalues, q = jnp.linalg.eigh((h + jnp.swapaxes(h, -1, -2)) / 2)
+    eigenvalues, q = jnp.linalg.eigh(symmetric(gram(u, y)))
     floor = jnp.finfo(y.dtype).eps * jnp.max(jnp.abs(eigenvalues), axis=-1, keepdims=True)
     regular = eigenvalues > floor
     inverse = jnp.where(regular, 1 / jnp.where(regular, eigenvalues, 1), 0)
     sums = eigenvalues[..., :, None] + eigenvalues[..., None, :]
     inverse_sums = jnp.where(sums > floor[..., None], 1 / jnp.where(sums > floor[..., None], sums, 1), 0)
     udy = gram(u, dy)
-    skew = udy - jnp.swapaxes(udy, -1, -2)
-    omega = matmul(matmul(q, gram(q, matmul(skew, q)) * inverse_sums), jnp.swapaxes(q, -1, -2))
-    normal = matmul(matmul(dy - matmul(u, udy), q) * inverse[..., None, :], jnp.swapaxes(q, -1, -2))
+    omega = matmul(matmul(q, gram(q, matmul(udy - transpose(udy), q)) * inverse_sums), transpose(q))
+    normal = matmul(matmul(dy - matmul(u, udy), q) * inverse[..., None, :], transpose(q))
     return matmul(u, omega) + normal

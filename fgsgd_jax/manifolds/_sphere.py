@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ..linalg import largest, norm, sum_of_rows, total
+from ..linalg import largest, norm
 from ._manifold import Manifold, pytree
 
 
@@ -49,11 +49,7 @@ def spherical_exp(x: Array, v: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _tangent(x: Array, g: Array, axes: tuple[int, ...]) -> Array:
-    # By one product, of an operand that is written out. Within the sums of `total`, XLA would compute it again and
-    # round it in another way; the logarithm of antipodes is made of that round-off.
-    products = x * g
-    rows = products if axes == (-2,) else products.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1], 1)
-    return g - sum_of_rows(rows) * x
+    return g - jnp.sum(x * g, axis=axes, keepdims=True) * x
 
 
 def _axis_of_smallest(x: Array, axes: tuple[int, ...]) -> Array:
@@ -72,17 +68,15 @@ class Spherical(Manifold):
     _axes: tuple[int, ...]
 
     def _project(self, x, g):
-        return g - total(x * g, self._axes) * x
+        return _tangent(x, g, self._axes)
 
     def _retract(self, x, v):
         y = x + v
-        squares = total(jnp.square(y), self._axes)
+        squares = jnp.sum(jnp.square(y), axis=self._axes, keepdims=True)
         # A tangent step gives at least 1. Next to nothing, overflow and NaN mean that there is no step to take.
         info = jnp.finfo(x.dtype)
         usable = (squares > info.tiny / info.eps) & jnp.isfinite(squares)
-        y = y / jnp.sqrt(jnp.where(usable, squares, 1))
-        # In this order: XLA on CPU copies what a first branch returns as it is.
-        return lax.cond(~jnp.all(usable), lambda: jnp.where(usable, y, self._nearest(x)), lambda: y)
+        return jnp.where(usable, y / jnp.sqrt(jnp.where(usable, squares, 1)), self._nearest(x))
 
     def _exp(self, x, v):
         return spherical_exp(x, v, self._axes)

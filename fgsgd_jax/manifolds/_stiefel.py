@@ -14,15 +14,16 @@ from ..linalg import (
     deviation,
     expm,
     gram,
+    identity,
     largest,
     matmul,
     norm,
     orthonormalize,
-    orthonormalize_sum,
     polar,
     qf,
-    upright_layout_for,
-    within_reach,
+    squared_norm,
+    symmetric,
+    transpose,
 )
 from ._manifold import Manifold, pytree
 from ._sphere import spherical_log
@@ -77,22 +78,24 @@ class Stiefel(Manifold):
             raise ValueError(f"Stiefel(retraction={self.retraction!r}): choose one of {get_args(Retraction)}")
 
     def _project(self, x, g):
-        return _tangent(x, g)
+        x, g, back = _tall(x, g)
+        return back(_tangent(x, g))
 
     def _retract(self, x, v):
-        if self.retraction == "polar":
-            return orthonormalize_sum(x, v)
         x, v, back = _tall(x, v)
-        v = within_reach(x + v, x) - x
+        return back(self._retract_tall(x, _within_reach(v)))
+
+    def _retract_tall(self, x, v):
         match self.retraction:
+            case "polar":
+                return orthonormalize(x + v, x)
             case "qr":
-                y = x + v
-                usable = jnp.all(jnp.isfinite(y), axis=(-2, -1), keepdims=True)
-                return back(qf(jnp.where(usable, y, x)))
+                usable = jnp.all(jnp.isfinite(v), axis=(-2, -1), keepdims=True)
+                return qf(jnp.where(usable, x + v, x))
             case "cayley":
-                return back(orthonormalize(cayley(x, v), x))
+                return orthonormalize(cayley(x, v), x)
             case "exp":
-                return back(orthonormalize(_geodesic(x, v), x))
+                return orthonormalize(_geodesic(x, v), x)
 
     def _exp(self, x, v):
         x, v, back = _tall(x, v)
@@ -119,12 +122,8 @@ class Stiefel(Manifold):
         return back(polar(x))
 
     def _violation(self, x):
-        layout = upright_layout_for(x.shape)
-        return largest(jnp.abs(layout.give(deviation(layout.take(x), layout))), (-2, -1))
-
-    def _from_gaussian(self, z):
-        z, back = _tall(z)
-        return back(qf(z))
+        x, _ = _tall(x)
+        return largest(jnp.abs(deviation(x)), (-2, -1))
 
     def dim(self, shape):
         """Np - p(p+1)/2 for n ≥ p, and the same of the transpose for n < p."""
@@ -152,7 +151,17 @@ def _tall(*arrays: Array):
     """The arrays, transposed if they are wider than tall (the smaller Gram), and the map that undoes it."""
     if arrays[0].shape[-2] >= arrays[0].shape[-1]:
         return *arrays, lambda x: x
-    return *(jnp.swapaxes(x, -1, -2) for x in arrays), lambda x: jnp.swapaxes(x, -1, -2)
+    return *(transpose(x) for x in arrays), transpose
+
+
+def _within_reach(v: Array) -> Array:
+    """`v`, shortened to eps^-½: beyond, x + v holds nothing of x in floating point, and may lack its rank."""
+    longest = jnp.finfo(v.dtype).eps ** -0.5
+    return v * (longest / jnp.maximum(jnp.sqrt(squared_norm(v)), longest))[..., None, None]
+
+
+def _tangent(x: Array, w: Array) -> Array:
+    return w - matmul(x, symmetric(gram(x, w)))
 
 
 def _geodesic(x: Array, v: Array) -> Array:
@@ -163,7 +172,7 @@ def _geodesic(x: Array, v: Array) -> Array:
     length = jnp.where(length > 0, length, 1)
     u = v / length
     a, s = gram(x, v), gram(u, v)
-    eye = jnp.broadcast_to(jnp.eye(p, dtype=x.dtype), a.shape)
+    eye = identity(a)
     block = jnp.concatenate([jnp.concatenate([a, -s], axis=-1), jnp.concatenate([length * eye, a], axis=-1)], axis=-2)
     columns = expm(block)[..., :, :p]
     return matmul(matmul(jnp.concatenate([x, u], axis=-1), columns), expm(-a))
@@ -176,14 +185,14 @@ def _rotation_log(x: Array, y: Array) -> Array:
     from its skew part, sinh A.
     """
     r = gram(x, y)
-    eye = jnp.broadcast_to(jnp.eye(r.shape[-1], dtype=r.dtype), r.shape)
+    eye = identity(r)
     root = orthonormalize(eye + r, eye)
     # The identity, where I + R is singular: then R has an eigenvalue of -1.
     found = norm(matmul(root, root) - r, (-2, -1), keepdims=True) < 1
     r = root
     for _ in range(_SQUARE_ROOTS - 1):
         r = orthonormalize(eye + r, eye)
-    sinh = (r - jnp.swapaxes(r, -1, -2)) / 2
+    sinh = (r - transpose(r)) / 2
     square = matmul(sinh, sinh)
     # arsinh: angles are below π / 2⁵ here, so the first term left out is below 1e-17.
     coefficients = (1.0, -1 / 6, 3 / 40, -15 / 336, 105 / 3456, -945 / 42240)
@@ -239,13 +248,6 @@ def _shooting_log_backward(residuals, cotangent):
 
 
 _shooting_log.defvjp(_shooting_log_forward, _shooting_log_backward)
-
-
-def _tangent(x: Array, w: Array) -> Array:
-    layout = upright_layout_for(x.shape)
-    x, w = layout.apart(layout.take, x), layout.apart(layout.take, w)
-    core = layout.apart(lambda x, w: layout.symmetric(layout.gram(x, w)), x, w)
-    return layout.give(layout.apart(lambda x, w, core: w - layout.matmul(x, core), x, w, core))
 
 
 def _carried_back(x: Array, v: Array, w: Array) -> Array:

@@ -2,18 +2,18 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from ..groups import Batch, Bucket, Plan, Stacked, automatic, batches, buckets, figures, from_paths, groups_of
-from ..linalg import largest, squared_norm
-from ._links import constrained, constrained_leaves, held
-from ._states import NormalizeState
-from ._zeta import Scalar, check_options, of_groups, reciprocal_zeta
+from ..groups import Stacks, automatic, groups_of, names_of
+from . import _algorithm as algorithm
+from ._call import PlanOrRules, called, started
+from ._states import ByPath, NormalizeState
+from ._zeta import Scalar, check_options
 
 
-def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) -> optax.GradientTransformationExtraArgs:
+def normalize_by_zeta(
+    plan: PlanOrRules, *, rho: Scalar = 1.0, curvature: Scalar = 0.0
+) -> optax.GradientTransformationExtraArgs:
     """Divides every group's projected gradient by its ζ.
 
     With R the norm of the gradient over the group (eq. 6), ζ = max{1, R²Γ}^½ and Γ = max{(2ρ+R)², 1+c(ρ+R)}. At the
@@ -21,7 +21,7 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
     normalized like any other; leaves without a collection pass through.
 
     Args:
-      plan: the plan of the parameters.
+      plan: the plan of the parameters, or its rules.
       rho: ρ, the geodesic distance to the minimum, in the weights' units.
       curvature: c, the sectional curvature of the product manifold.
 
@@ -45,55 +45,25 @@ def normalize_by_zeta(plan: Plan, rho: Scalar = 1.0, curvature: Scalar = 0.0) ->
       [0.0, 0.25]
     """
     check_options(rho, curvature)
-    layout = buckets(plan)
-    joined = batches(plan, layout)
 
     def init(params: Any) -> Any:
-        leaves = constrained_leaves(params, plan, "parameters", "fg.normalize_by_zeta")
-        return NormalizeState(groups_of(plan, layout), zeros(layout, leaves), zeros(layout, leaves))
+        own, leaves = started("fg.normalize_by_zeta", plan, params)
+        figures = (algorithm.no_figure(own, leaves) for _ in range(2))
+        return NormalizeState(names_of(own), groups_of(own), *figures)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        del params, extra_args
-        leaves = constrained_leaves(updates, plan, "updates", "fg.normalize_by_zeta")
-        state, leaves = held(state, leaves, plan)
-        like = constrained(plan, leaves), state
-        steps, state = automatic(normalized, leaves, state, rho, curvature, like=like)
-        return from_paths(leaves | steps, updates), state
+        del extra_args
+        call = called("fg.normalize_by_zeta", plan, updates, params, needs_params=False)
+        directions = {path: call.leaves[path] for path in call.plan.collections}
 
-    def normalized(leaves: dict[str, Array], state: Any, rho: Scalar, curvature: Scalar) -> tuple[dict, Any]:
-        steps, shares, norms = {}, [], []
-        for batch in joined:
-            t = batch.stack(leaves)
-            step, share, norm = normalized_groups(batch, state.groups, t, squared_norm(t), rho, curvature)
-            steps |= batch.unstack(step, leaves)
-            shares.append((batch, share))
-            norms.append((batch, norm))
-        return steps, NormalizeState(state.groups, figures(state.zeta_share, shares), figures(state.grad_norm, norms))
+        def line_6(groups: Stacks, directions: ByPath, rho: Scalar, curvature: Scalar) -> Any:
+            squares = algorithm.squared_norms(call.plan, directions)
+            found = algorithm.normalize(call.plan, groups, squares, rho, curvature)
+            figures = (x.astype(state.zeta_share.dtype) for x in (found.zeta_share, found.grad_norm))
+            return algorithm.scaled(call.plan, directions, found.inverse_zeta), *figures
+
+        like = directions, state.zeta_share, state.grad_norm
+        steps, share, norm = automatic(line_6, state.groups, directions, rho, curvature, like=like)
+        return call.answer(steps), state._replace(zeta_share=share, grad_norm=norm)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def normalized_groups(
-    batch: Batch, groups: Stacked, t: Array, squares: Array, rho: Scalar, curvature: Scalar
-) -> tuple[Array, list[Array], list[Array]]:
-    """The matrices `t`, whose squared norms are `squares`, divided by their groups' ζ.
-
-    And for the layers of each bucket the share of ζ > 1, and the largest R.
-    """
-    scales, shares, norms = [], [], []
-    grids = zip(batch.buckets, batch.own(groups.values), batch.grids(squares), strict=True)
-    for bucket, group, squares in grids:
-        own, tables = of_groups(squares, group, bucket)
-        scales.append(jnp.broadcast_to(reciprocal_zeta(jnp.sqrt(own), rho, curvature), squares.shape))
-        r = jnp.sqrt(jnp.concatenate(tables, axis=1))
-        above = jnp.sum(reciprocal_zeta(r, rho, curvature) < 1, axis=1, dtype=t.dtype)
-        shares.append(above / bucket.num_groups)
-        norms.append(largest(r, 1))
-    scale = batch.flat(scales)
-    return scale[..., None, None] * t, shares, norms
-
-
-def zeros(layout: tuple[Bucket, ...], leaves: dict[str, Any]) -> Stacked:
-    """A figure per layer, none measured yet."""
-    values = tuple(jnp.zeros(len(bucket.paths), bucket.dtype(leaves)) for bucket in layout)
-    return Stacked(values, tuple(bucket.paths for bucket in layout))

@@ -1,38 +1,26 @@
 """Any Optax optimizer on the manifolds of a plan."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
-from jaxtyping import Array
 
-from ..groups import Plan, Stacked, automatic, batches, buckets, figures, from_paths, kinds_of
-from ._links import (
-    check_on_manifold,
-    check_still_on_manifold,
-    constrained,
-    constrained_leaves,
-    held,
-    mixtures_of,
-    wider,
-)
-from ._normalize import zeros
-from ._refuse import counted, finite_matrices, finite_others, none_refused
-from ._retract import largest_by_layer
-from ._scale import Scale
-from ._share_out import displace
-from ._states import OnManifoldsState
+from ..groups import automatic, kinds_of, names_of
+from . import _algorithm as algorithm
+from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
+from ._rescaling import InitialRadii, Rescaling, options
+from ._scale import Scale, ScaleState
+from ._states import ByPath, OnManifoldsState
 
 
 def on_manifolds(
     inner: optax.GradientTransformation,
-    plan: Plan,
-    every: int | None = None,
-    lambda_floor: float | None = None,
-    max_change: float | Literal["auto"] | None = "auto",
-    warmup: tuple[int, int] | None = None,
-    radii: Literal["gamma", "fitted"] = "gamma",
+    plan: PlanOrRules,
+    *,
+    rescaling: Rescaling | None = None,
+    initial_radii: InitialRadii = "gamma",
     share_out: jax.sharding.Mesh | None = None,
+    **old: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs any Optax optimizer with its weights on their manifolds.
 
@@ -43,15 +31,13 @@ def on_manifolds(
 
     Args:
       inner: the optimizer, learning rate included: its updates are meant to be added to the weights.
-      plan: the plan of the parameters.
-      every: applied updates in an epoch, for λ; this and the remaining arguments are those of `rescale`.
-      lambda_floor: smallest λ used.
-      max_change: largest factor by which radii change at once.
-      warmup: (updates, until), a shorter period at first.
-      radii: of the first epoch.
+      plan: the plan of the parameters, or its rules.
+      rescaling: the options of λ; None for λ = 1.
+      initial_radii: of the first epoch; see `rescale`.
       share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
         part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
         displacements. None to have every device do all of it.
+      **old: keywords of version 0.1, which warn; see `rescale`.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`; other extra arguments go to `inner`.
@@ -71,60 +57,60 @@ def on_manifolds(
       >>> bool(fg.violation(params, plan)["kernel"] < 1e-6)
       True
     """
-    layout = buckets(plan)
-    joined = batches(plan, layout)
-    scale = Scale(plan, layout, every, lambda_floor, max_change, warmup, radii)
+    rescaling, initial_radii = options("fg.on_manifolds", rescaling, initial_radii, old)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        leaves = constrained_leaves(params, plan, "parameters", "fg.on_manifolds")
-        check_on_manifold(params, plan, "fg.on_manifolds", radii)
-        kinds = kinds_of(plan, layout)
-        started = inner.init(params)
-        if any(_is_lookahead(node) for node in jax.tree.leaves(started, is_leaf=_is_lookahead)):
+        start = started("fg.on_manifolds", plan, params)
+        check_on_manifold("fg.on_manifolds", start, params, initial_radii)
+        kinds = kinds_of(start.plan)
+        scale = Scale(start.plan, rescaling, initial_radii).init(kinds, start.leaves)
+        inner_state = inner.init(params)
+        if any(_is_lookahead(node) for node in jax.tree.leaves(inner_state, is_leaf=_is_lookahead)):
             raise TypeError(
                 "fg.on_manifolds: optax.lookahead has parameters of its own, which no plan describes. Leave it out: "
                 "average the weights in the training loop and bring them back with fg.nearest(params, plan)"
             )
-        refused = none_refused(plan, layout)
-        return OnManifoldsState(kinds, *scale.init(kinds, leaves), started, zeros(layout, leaves), refused)
+        figure, refused = algorithm.no_figure(start.plan, start.leaves), algorithm.none_refused(start.plan)
+        return OnManifoldsState(names_of(start.plan), kinds, *scale, inner_state, figure, refused)
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
-        points = constrained_leaves(params, plan, "parameters", "fg.on_manifolds")
-        check_still_on_manifold(params, plan, "fg.on_manifolds", state.scale)
-        leaves = constrained_leaves(updates, plan, "updates", "fg.on_manifolds")
-        whole = constrained(plan, points)
-        own, leaves = held(state._replace(inner=None), leaves, plan)
-        tangents, refused = automatic(projected, points, leaves, own, like=(whole, state.refused))
-        others, refused = finite_others(leaves, plan, refused)
-        leaves |= others | tangents
-        steps, inner_state = inner.update(from_paths(leaves, updates), state.inner, params, **extra_args)
-        leaves = constrained_leaves(steps, plan, "updates of the inner optimizer", "fg.on_manifolds")
-        like = whole, state.scale, state.step_ratio
-        displacements, rescaled, ratio = automatic(displaced, points, leaves, own, feature_moments, like=like)
-        state = state._replace(
-            radii=rescaled.radii, lambdas=rescaled.lambdas, inner=inner_state, step_ratio=ratio, refused=refused
+        call = called("fg.on_manifolds", plan, updates, params)
+        before = ScaleState(state.radii, state.lambdas)
+        check_still_on_manifold("fg.on_manifolds", call, params, before)
+        scale = Scale(call.plan, rescaling, initial_radii)
+
+        def line_5(points: ByPath, gradients: ByPath, state: Any) -> Any:
+            found = algorithm.project(call.plan, state.kinds, state.radii, points, gradients)
+            tangents = algorithm.without_refused(found.tangents, found.refused)
+            return {path: t.astype(gradients[path].dtype) for path, t in tangents.items()}, found.refused
+
+        def lines_7_and_8(points: ByPath, directions: ByPath, state: Any, feature_moments: Any) -> Any:
+            after = scale.advance(ScaleState(state.radii, state.lambdas), state.kinds, feature_moments)
+            displacements, ratio = algorithm.retract(
+                call.plan,
+                state.kinds,
+                state.radii,
+                points,
+                directions,
+                new_radii=after.radii if rescaling.measures else None,
+                share_out=share_out,
+            )
+            return displacements, after, ratio.astype(state.step_ratio.dtype)
+
+        own, points = state._replace(inner=None), call.constrained
+        gradients = {path: call.leaves[path] for path in points}
+        tangents, refused = automatic(line_5, points, gradients, own, like=(points, state.refused.constrained))
+        free, refused = algorithm.without_refused_free(call.free, state.refused, refused)
+        directions, inner_state = inner.update(call.answer(free | tangents), state.inner, params, **extra_args)
+        follow = called("fg.on_manifolds(inner)", call.plan, directions, params)
+        like = points, before, state.step_ratio
+        displacements, after, ratio = automatic(
+            lines_7_and_8, points, {path: follow.leaves[path] for path in points}, own, feature_moments, like=like
         )
-        return from_paths(leaves | displacements, steps), state
-
-    def projected(points: Any, leaves: Any, state: Any) -> tuple[dict[str, Array], Stacked]:
-        tangents, refused = {}, []
-        for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
-            measured = mixture.measured_projection(batch.stack(points), batch.stack(leaves))
-            tangent, _, flags = finite_matrices(batch, *measured)
-            tangents |= batch.unstack(tangent, leaves)
-            refused.append((batch, flags))
-        return tangents, counted(state.refused, refused)
-
-    def displaced(points: Any, leaves: Any, state: Any, feature_moments: Any) -> tuple[dict, Any, Stacked]:
-        rescaled, displacements, ratios = scale.advance(state.scale, state.kinds, feature_moments), {}, []
-        for batch, mixture in zip(joined, mixtures_of(joined, state.kinds, state.radii), strict=True):
-            radius = batch.flat(batch.own(rescaled.radii.values)) if scale.measures else None
-            x, v = batch.stack(points), batch.stack(leaves)
-            displacement, ratio = displace(batch, mixture, x, v, radius, False, share_out)
-            displacements |= batch.unstack(displacement, wider(points, leaves))
-            ratios.append((batch, largest_by_layer(batch, ratio)))
-        return displacements, rescaled, figures(state.step_ratio, ratios)
+        return follow.answer(displacements), state._replace(
+            radii=after.radii, lambdas=after.lambdas, inner=inner_state, step_ratio=ratio, refused=refused
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 

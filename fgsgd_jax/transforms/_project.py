@@ -3,16 +3,14 @@
 from typing import Any
 
 import optax
-from jaxtyping import Array
 
-from ..groups import Plan, Stacked, automatic, batches, buckets, from_paths, kinds_of
-from ..manifolds import Mixture
-from ._links import constrained, constrained_leaves, held
-from ._refuse import counted, finite_matrices, finite_others, none_refused
-from ._states import ProjectState
+from ..groups import Stacks, automatic, kinds_of, names_of
+from . import _algorithm as algorithm
+from ._call import PlanOrRules, called, started
+from ._states import ByPath, ProjectState
 
 
-def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
+def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
     """Projects updates onto the tangent spaces of the manifolds at the parameters.
 
     Each matrix's update becomes Π_ω(g) at its weight ω. The radius is that of the weight as given.
@@ -22,7 +20,7 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
     So no such number reaches a weight or the state of any link behind. All other leaves are projected, or pass through.
 
     Args:
-      plan: the plan of the parameters.
+      plan: the plan of the parameters, or its rules.
 
     Returns:
       A transformation whose `update` needs `params`.
@@ -40,30 +38,24 @@ def project(plan: Plan) -> optax.GradientTransformationExtraArgs:
       >>> updates["w"].ravel().tolist()
       [0.0, 2.0]
     """
-    layout = buckets(plan)
-    joined = batches(plan, layout)
 
     def init(params: Any) -> Any:
-        constrained_leaves(params, plan, "parameters", "fg.project")
-        return ProjectState(kinds_of(plan, layout), none_refused(plan, layout))
+        own, _ = started("fg.project", plan, params)
+        return ProjectState(names_of(own), kinds_of(own), algorithm.none_refused(own))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
-        points = constrained_leaves(params, plan, "parameters", "fg.project")
-        state, leaves = held(state, constrained_leaves(updates, plan, "updates", "fg.project"), plan)
-        like = constrained(plan, points), state.refused
-        tangents, refused = automatic(projected, points, leaves, state, like=like)
-        others, refused = finite_others(leaves, plan, refused)
-        return from_paths(leaves | others | tangents, updates), ProjectState(state.kinds, refused)
+        call = called("fg.project", plan, updates, params)
 
-    def projected(points: dict[str, Array], leaves: dict[str, Array], state: Any) -> tuple[dict[str, Array], Stacked]:
-        tangents, refused = {}, []
-        for batch in joined:
-            x, mixture = batch.stack(points), Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
-            measured = mixture.at(mixture.radius_of(x)).measured_projection(x, batch.stack(leaves))
-            tangent, _, flags = finite_matrices(batch, *measured)
-            tangents |= batch.unstack(tangent, leaves)
-            refused.append((batch, flags))
-        return tangents, counted(state.refused, refused)
+        def line_5(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
+            radii = algorithm.radii_of(call.plan, kinds, points)
+            found = algorithm.project(call.plan, kinds, radii, points, leaves)
+            tangents = algorithm.without_refused(found.tangents, found.refused)
+            return {path: t.astype(leaves[path].dtype) for path, t in tangents.items()}, found.refused
+
+        like = call.constrained, state.refused.constrained
+        tangents, refused = automatic(line_5, state.kinds, call.constrained, call.leaves, like=like)
+        free, refused = algorithm.without_refused_free(call.free, state.refused, refused)
+        return call.answer(free | tangents), state._replace(refused=refused)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -4,24 +4,20 @@ from typing import Any
 
 import jax
 import optax
-from jaxtyping import Array, Float
 
-from ..groups import Batch, Plan, Stacked, automatic, batches, buckets, figures, from_paths, kinds_of
-from ..linalg import largest
-from ..manifolds import Mixture
-from ._links import constrained, constrained_leaves, held, wider
-from ._normalize import zeros
-from ._share_out import displace
-from ._states import RetractState
+from ..groups import Stacks, automatic, kinds_of, names_of
+from . import _algorithm as algorithm
+from ._call import PlanOrRules, called, started
+from ._states import ByPath, RetractState
 
 
-def retract(plan: Plan, share_out: jax.sharding.Mesh | None = None) -> optax.GradientTransformationExtraArgs:
+def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) -> optax.GradientTransformationExtraArgs:
     """Turns tangent vectors into displacements that end on the manifolds.
 
     The update v of a matrix ω becomes φ_ω(v) - ω with the retraction φ of its manifold, at the radius of ω as given.
 
     Args:
-      plan: the plan of the parameters.
+      plan: the plan of the parameters, or its rules.
       share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
         part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
         displacements. None to have every device do all of it.
@@ -46,35 +42,24 @@ def retract(plan: Plan, share_out: jax.sharding.Mesh | None = None) -> optax.Gra
       >>> [round(x, 6) for x in (params["w"] + updates["w"]).ravel().tolist()]  # (1, ¾) / 1.25
       [0.8, 0.6]
     """
-    layout = buckets(plan)
-    joined = batches(plan, layout)
 
     def init(params: Any) -> Any:
-        leaves = constrained_leaves(params, plan, "parameters", "fg.retract")
-        return RetractState(kinds_of(plan, layout), zeros(layout, leaves))
+        own, leaves = started("fg.retract", plan, params)
+        return RetractState(names_of(own), kinds_of(own), algorithm.no_figure(own, leaves))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
-        points = constrained_leaves(params, plan, "parameters", "fg.retract")
-        state, leaves = held(state, constrained_leaves(updates, plan, "updates", "fg.retract"), plan)
-        like = constrained(plan, points), state.step_ratio
-        displacements, ratio = automatic(retracted, points, leaves, state, like=like)
-        return from_paths(leaves | displacements, updates), RetractState(state.kinds, ratio)
+        call = called("fg.retract", plan, updates, params)
 
-    def retracted(points: dict[str, Array], leaves: dict[str, Array], state: Any) -> tuple[dict[str, Array], Stacked]:
-        displacements, ratios = {}, []
-        for batch in joined:
-            x, v = batch.stack(points), batch.stack(leaves)
-            mixture = Mixture(batch.kinds, batch.flat(batch.own(state.kinds.values)))
-            mixture = mixture.at(mixture.radius_of(x))
-            displacement, ratio = displace(batch, mixture, x, v, None, True, share_out)
-            displacements |= batch.unstack(displacement, wider(points, leaves))
-            ratios.append((batch, largest_by_layer(batch, ratio)))
-        return displacements, figures(state.step_ratio, ratios)
+        def line_7(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
+            radii = algorithm.radii_of(call.plan, kinds, points)
+            displacements, ratio = algorithm.retract(
+                call.plan, kinds, radii, points, leaves, is_tangent=True, share_out=share_out
+            )
+            return displacements, ratio.astype(state.step_ratio.dtype)
+
+        like = call.constrained, state.step_ratio
+        displacements, ratio = automatic(line_7, state.kinds, call.constrained, call.leaves, like=like)
+        return call.answer(displacements), state._replace(step_ratio=ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def largest_by_layer(batch: Batch, values: Float[Array, "*batch"]) -> list[Float[Array, "layers"]]:
-    """The largest value of each layer, by bucket."""
-    return [largest(grid, (1, 2)) for grid in batch.grids(values)]

@@ -1,23 +1,25 @@
 """Adam with one second moment for every point."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from ..groups import Batch, Plan, Stacked, automatic, batches, buckets, from_paths
+from ..groups import Stacks, automatic, buckets, by_path, from_paths, kinds_of
 from ..linalg import squared_norm
-from ..manifolds import Mixture, compute_dtype
-from ._links import constrained, constrained_leaves
+from ..manifolds import compute_dtype
+from . import _algorithm as algorithm
+from ._call import PlanOrRules, called, started
 from ._on_manifolds import on_manifolds
-from ._project import project
+from ._rescaling import InitialRadii, Rescaling, options
+from ._states import ByPath
 from ._zeta import Scalar
 
 
 class RiemannianAdamState(NamedTuple):
-    """The number of applied updates, the moments in the parameters' structure, and the kinds of manifold.
+    """The number of applied updates, the moments in the tree of the parameters, and the kinds of manifold.
 
     `mu` is a tangent vector at the point of the last update. `nu` holds the second moment of a point in each of its
     entries, so that it is sharded, masked and saved as the parameters are.
@@ -26,21 +28,20 @@ class RiemannianAdamState(NamedTuple):
     applied: Int[Array, ""]
     mu: Any
     nu: Any
-    tangent: Any
+    kinds: Stacks
 
 
 def riemannian_adam(
     learning_rate: optax.ScalarOrSchedule,
-    plan: Plan,
+    plan: PlanOrRules,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
-    every: int | None = None,
-    lambda_floor: float | None = None,
-    max_change: float | Literal["auto"] | None = "auto",
-    warmup: tuple[int, int] | None = None,
-    radii: Literal["gamma", "fitted"] = "gamma",
+    *,
+    rescaling: Rescaling | None = None,
+    initial_radii: InitialRadii = "gamma",
     share_out: jax.sharding.Mesh | None = None,
+    **old: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Riemannian Adam: one second moment for every matrix, the first moment carried to each new point.
 
@@ -54,18 +55,16 @@ def riemannian_adam(
 
     Args:
       learning_rate: r, a number or a schedule.
-      plan: the plan of the parameters.
+      plan: the plan of the parameters, or its rules.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      every: applied updates in an epoch, for λ; this and the remaining arguments are those of `rescale`.
-      lambda_floor: smallest λ used.
-      max_change: largest factor by which radii change at once.
-      warmup: (updates, until), a shorter period at first.
-      radii: of the first epoch.
+      rescaling: the options of λ; None for λ = 1.
+      initial_radii: of the first epoch; see `rescale`.
       share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
         part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
         displacements. None to have every device do all of it.
+      **old: keywords of version 0.1, which warn; see `rescale`.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`.
@@ -89,56 +88,61 @@ def riemannian_adam(
       >>> bool(fg.violation(params, plan)["kernel"] < 1e-6)
       True
     """
+    rescaling, initial_radii = options("fg.riemannian_adam", rescaling, initial_radii, old)
     inner = optax.chain(_scale_by_riemannian_adam(plan, b1, b2, eps), optax.scale_by_learning_rate(learning_rate))
-    return on_manifolds(inner, plan, every, lambda_floor, max_change, warmup, radii, share_out)
+    return on_manifolds(inner, plan, rescaling=rescaling, initial_radii=initial_radii, share_out=share_out)
 
 
-def _scale_by_riemannian_adam(plan: Plan, b1: Scalar, b2: Scalar, eps: Scalar) -> optax.GradientTransformation:
-    layout = buckets(plan)
-    joined = batches(plan, layout)
-    tangent = project(plan)
-
+def _scale_by_riemannian_adam(
+    plan: PlanOrRules, b1: Scalar, b2: Scalar, eps: Scalar
+) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> Any:
+        own, _ = started("fg.riemannian_adam", plan, params)
         # Moments of bfloat16 would lose every gradient below 1/256 of them.
         mu, nu = (jax.tree.map(lambda x: jnp.zeros_like(x, compute_dtype(x.dtype)), params) for _ in range(2))
-        return RiemannianAdamState(jnp.zeros((), jnp.int32), mu, nu, tangent.init(params))
+        return RiemannianAdamState(jnp.zeros((), jnp.int32), mu, nu, kinds_of(own))
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        gradients = constrained_leaves(updates, plan, "updates", "fg.riemannian_adam")
-        carried, _ = tangent.update(state.mu, state.tangent, params)
-        # Else XLA lays the moments of a compiled loop out as the projection likes them, and rounds in another way.
-        carried = jax.lax.optimization_barrier(carried)
-        moments = constrained_leaves(state.nu, plan, "second moments", "fg.riemannian_adam")
-        squares = {path: jnp.square(g.astype(moments[path].dtype)) for path, g in gradients.items()}
-        like = constrained(plan, moments)
-        squares |= automatic(of_matrices, gradients, moments, state.tangent.kinds, like=like)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del extra_args
+        call = called("fg.riemannian_adam", plan, updates, params)
+        mu, nu = by_path(state.mu), by_path(state.nu)
+
+        def carried(kinds: Stacks, points: ByPath, moments: ByPath) -> ByPath:
+            radii = algorithm.radii_of(call.plan, kinds, points)
+            return algorithm.project(call.plan, kinds, radii, points, moments).tangents
+
+        def of_matrices(kinds: Stacks, gradients: ByPath) -> ByPath:
+            """‖g‖_F² in every entry of a constrained matrix, g² in those of a Euclidean one."""
+            squares = {}
+            for bucket, kind in zip(buckets(call.plan), kinds, strict=True):
+                g = bucket.matrices(gradients)
+                total = squared_norm(g)
+                on = algorithm.mixture_of(bucket, kind).constrained(jnp.ones_like(total)) > 0
+                square = jnp.where(on[..., None, None], total[..., None, None], jnp.square(g))
+                squares |= bucket.tensors(square, gradients)
+            return squares
+
+        points = call.constrained
+        moments = {path: mu[path] for path in points}
+        before = mu | automatic(carried, state.kinds, points, moments, like=moments)
+        gradients = {path: g.astype(mu[path].dtype) for path, g in call.leaves.items()}
+        squares = {path: jnp.square(g) for path, g in gradients.items()}
+        squares |= automatic(of_matrices, state.kinds, {path: gradients[path] for path in points}, like=moments)
         count = state.applied + 1
 
-        def decayed(decay, moment, new):
+        def decayed(decay: Scalar, moment: Array, new: Array) -> Array:
             decay = jnp.asarray(decay, moment.dtype)
-            return decay * moment + (1 - decay) * new.astype(moment.dtype)
+            return decay * moment + (1 - decay) * new
 
-        def step(m, v, g):
+        def direction(m: Array, v: Array, g: Array) -> Array:
             t = count.astype(m.dtype)
             m_hat, v_hat = (moment / (1 - jnp.asarray(decay, m.dtype) ** t) for moment, decay in ((m, b1), (v, b2)))
             return (m_hat / (jnp.sqrt(v_hat) + jnp.asarray(eps, m.dtype))).astype(g.dtype)
 
-        mu = jax.tree.map(lambda m, g: decayed(b1, m, g), carried, updates)
-        nu = jax.tree.map(lambda v, square: decayed(b2, v, square), state.nu, from_paths(squares, updates))
-        return jax.tree.map(step, mu, nu, updates), RiemannianAdamState(count, mu, nu, state.tangent)
+        mu |= {path: decayed(b1, before[path], g) for path, g in gradients.items()}
+        nu |= {path: decayed(b2, nu[path], square) for path, square in squares.items()}
+        directions = {path: direction(mu[path], nu[path], g) for path, g in call.leaves.items()}
+        state = RiemannianAdamState(count, from_paths(mu, state.mu), from_paths(nu, state.nu), state.kinds)
+        return call.answer(directions), state
 
-    def of_matrices(gradients: dict[str, Array], moments: dict[str, Array], kinds: Stacked) -> dict[str, Array]:
-        squares = {}
-        for batch in joined:
-            kind = batch.flat(batch.own(kinds.values))
-            squares |= batch.unstack(_squares(batch, kind, batch.stack(gradients)), moments)
-        return squares
-
-    return optax.GradientTransformation(init, update)
-
-
-def _squares(batch: Batch, kind: Array | None, g: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
-    """‖g‖_F² in every entry of a constrained matrix, g² in those of a Euclidean one."""
-    total = squared_norm(g)
-    on = Mixture(batch.kinds, kind).constrained(jnp.ones_like(total)) > 0
-    return jnp.where(on[..., None, None], total[..., None, None], jnp.square(g))
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ..features import FeatureMoments, is_moments, matrix_moments, merge_moments
-from ..groups import Bucket, Plan, Stacked, automatic, by_path, gammas
+from ..groups import Bucket, Plan, Stacks, automatic, buckets, by_path, gammas
 from ..linalg import norm
 from ..manifolds import Mixture
+from ._algorithm import mixture_of, radii_of
+from ._rescaling import InitialRadii, Rescaling
+from ._states import LambdaState, Moments
 
 # Changing all radii at once from λ measured together over-corrects where no normalization separates the layers; with
 # this limit plain ReLU chains settle (after 20 changes at 20 layers, 49 at 50).
@@ -25,71 +29,42 @@ _LIMIT = 2.0
 _PROFILE_LIMIT = 4.0
 
 
-class LambdaState(NamedTuple):
-    """What λ needs between its changes: γ, the moments so far, and counts of applied updates."""
-
-    gamma: tuple[Float[Array, "layers inputs outputs"], ...]
-    moments: tuple[FeatureMoments, ...]
-    since_change: Int[Array, ""]
-    total: Int[Array, ""]
-    unfed: Stacked
-
-
 class ScaleState(NamedTuple):
     """ℜ of every matrix, and the state of λ (None while λ = 1)."""
 
-    radii: Stacked
+    radii: Stacks
     lambdas: LambdaState | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """The options of `rescale`, and the changes of ℜ that follow from them; see `rescale` for their meaning."""
+    """The changes of ℜ of a plan's weights that follow from the options."""
 
     plan: Plan
-    layout: tuple[Bucket, ...]
-    every: int | None = None
-    lambda_floor: float | None = None
-    max_change: float | Literal["auto"] | None = "auto"
-    warmup: tuple[int, int] | None = None
-    radii: Literal["gamma", "fitted"] = "gamma"
+    rescaling: Rescaling
+    initial_radii: InitialRadii
 
-    def __post_init__(self):
-        if self.every is not None and (not isinstance(self.every, int) or self.every < 1):
-            raise ValueError(f"every={self.every!r}: give the applied updates of an epoch, or None for λ = 1")
-        if self.lambda_floor is not None and not self.lambda_floor > 0:
-            raise ValueError(f"lambda_floor={self.lambda_floor!r}: give a positive number, or None for no floor")
-        if self.max_change not in ("auto", None) and not self.max_change > 1:
-            raise ValueError(f"max_change={self.max_change!r}: give a factor above 1, 'auto', or None for no limit")
-        if self.warmup is not None and not (len(self.warmup) == 2 and min(self.warmup) >= 1):
-            raise ValueError(f"warmup={self.warmup!r}: give (applied updates per change, applied updates it lasts)")
-        if self.radii not in ("gamma", "fitted"):
-            raise ValueError(f"radii={self.radii!r}: write 'gamma' or 'fitted'")
+    @functools.cached_property
+    def layout(self) -> tuple[Bucket, ...]:
+        """The buckets in which λ is handled."""
+        return buckets(self.plan)
 
-    @property
-    def measures(self) -> bool:
-        """Whether λ is ever measured."""
-        return self.every is not None or self.warmup is not None
-
-    def init(self, kinds: Stacked, leaves: dict[str, Any]) -> ScaleState:
-        """The state at λ = 1."""
-        paths = tuple(bucket.paths for bucket in self.layout)
-        radii = tuple(
-            automatic(functools.partial(_fitted, bucket), kind, leaves, like=jnp.zeros(()))
-            if self.radii == "fitted"
-            else jnp.asarray(gammas(self.plan, bucket, bucket.dtype(leaves)))
-            for bucket, kind in zip(self.layout, kinds.values, strict=True)
-        )
-        if not self.measures:
-            return ScaleState(Stacked(radii, paths), None)
-        empty = tuple(_empty(radius.shape, radius.dtype) for radius in radii)
-        unfed = Stacked(tuple(jnp.zeros(len(layers), jnp.int32) for layers in paths), paths)
+    def init(self, kinds: Stacks, leaves: dict[str, Any]) -> ScaleState:
+        """The state at λ = 1; of a tree of placeholders, its structure."""
+        radii = gammas(self.plan, leaves)
+        if self.initial_radii == "fitted" and leaves:
+            own = {path: leaves[path] for path in self.plan.collections}
+            radii = automatic(functools.partial(radii_of, self.plan), kinds, own, like=radii)
+        if not self.rescaling.measures:
+            return ScaleState(radii, None)
         # No buffer twice: a donated one must not be handed in twice.
-        gamma = tuple(jnp.copy(radius) for radius in radii)
+        gamma = jax.tree.map(jnp.copy, radii)
+        empty = tuple(_empty(radius.shape, radius.dtype) for radius in gamma)
+        unfed = jnp.zeros(len(self.plan.collections), jnp.int32)
         since_change, total = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return ScaleState(Stacked(radii, paths), LambdaState(gamma, empty, since_change, total, unfed))
+        return ScaleState(radii, LambdaState(gamma, empty, since_change, total, unfed))
 
-    def advance(self, state: ScaleState, kinds: Stacked, feature_moments: Any) -> ScaleState:
+    def advance(self, state: ScaleState, kinds: Stacks, feature_moments: Any) -> ScaleState:
         """The state after one more applied update; the radii change if it was the last of the epoch."""
         if state.lambdas is None:
             return state
@@ -106,67 +81,79 @@ class Scale:
 
     def _due(self, lambdas: LambdaState) -> Bool[Array, ""]:
         never = jnp.zeros((), bool)
-        due = never if self.every is None else lambdas.since_change >= self.every
-        if self.warmup is None:
+        every, warmup = self.rescaling.every, self.rescaling.warmup
+        due = never if every is None else lambdas.since_change >= every
+        if warmup is None:
             return due
-        updates, until = self.warmup
+        updates, until = warmup
         return jnp.where(lambdas.total <= until, lambdas.since_change >= updates, due)
 
-    def _accumulated(self, moments: tuple[FeatureMoments, ...], feature_moments: Any) -> tuple[FeatureMoments, ...]:
+    def _accumulated(self, moments: tuple[Moments, ...], feature_moments: Any) -> tuple[Moments, ...]:
         given = by_path(feature_moments, is_leaf=is_moments)
-        if not any(path in given for bucket in self.layout for path in bucket.paths):
+        if not any(path in given for path in self.plan.collections):
             raise ValueError(
                 f"feature_moments has no path of a constrained parameter: it has {list(given)[:8]}, the plan has "
-                f"{[path for bucket in self.layout for path in bucket.paths][:8]}. Pass fg.nnx.moments(model) of an "
+                f"{list(self.plan.collections)[:8]}. Pass fg.nnx.moments(model) of an "
                 "observed model, or the collection 'feature_moments' of fg.linen.observe(module).apply"
             )
         merged = []
         for bucket, before in zip(self.layout, moments, strict=True):
-            parts = [self._of_layer(bucket, path, given.get(path), before.mean.dtype) for path in bucket.paths]
-            batch = jax.tree.map(lambda *layers: jnp.stack(layers), *parts)
-            after = merge_moments(before, batch)
+            parts = [self._of_parameter(bucket, path, given.get(path), before.mean.dtype) for path in bucket.paths]
+            batch = Moments(
+                *(bucket.stack(dict(zip(bucket.paths, own, strict=True))) for own in zip(*parts, strict=True))
+            )
+            both = merge_moments(FeatureMoments(*before), FeatureMoments(*batch))
+            after = Moments(both.count, both.mean, both.m2)
             # One batch of features that are no numbers must not cost the epoch its λ.
             usable = jnp.isfinite(after.mean) & jnp.isfinite(after.m2)
             merged.append(jax.tree.map(functools.partial(jnp.where, usable), after, before))
         return tuple(merged)
 
-    def _of_layer(self, bucket: Bucket, path: str, part: Any, dtype: jnp.dtype) -> FeatureMoments:
+    def _of_parameter(self, bucket: Bucket, path: str, part: Any, dtype: jnp.dtype) -> Moments:
         if part is None:
-            return _empty(bucket.view.grid[:2], dtype)
+            return _empty(bucket.grid, dtype)
         if not is_moments(part):
             raise TypeError(f"feature_moments[{path!r}] is {type(part).__name__}; it must be a FeatureMoments")
         try:
-            pooled = matrix_moments(part, bucket.view, bucket.shape)
+            pooled = matrix_moments(part, bucket.view, bucket.shape, len(bucket.layers))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        # The moments of all layers of a bucket are stacked, whatever axes they came from.
-        return FeatureMoments(pooled.count.astype(dtype), pooled.mean.astype(dtype), pooled.m2.astype(dtype))
+        return Moments(*(x.astype(dtype) for x in (pooled.count, pooled.mean, pooled.m2)))
 
-    def _changed(self, state: ScaleState, kinds: Stacked) -> ScaleState:
+    def _changed(self, state: ScaleState, kinds: Stacks) -> ScaleState:
         """New radii γ/λ from the moments, which start again from nothing."""
         assert state.lambdas is not None
         lambdas, limit = state.lambdas, self._limit
+        gammas = [bucket.flat(gamma) for bucket, gamma in zip(self.layout, lambdas.gamma, strict=True)]
         layers = [
-            _Layers.of(bucket, kind, gamma, radius, moments, limit if self._ordered else None)
+            _Layers.of(
+                mixture_of(bucket, kind if isinstance(kind, tuple) else bucket.flat(kind)),
+                gamma,
+                bucket.flat(radius),
+                Moments(*map(bucket.flat, moments)),
+                limit if self._ordered else None,
+            )
             for bucket, kind, gamma, radius, moments in zip(
-                self.layout, kinds.values, lambdas.gamma, state.radii.values, lambdas.moments, strict=True
+                self.layout, kinds, gammas, state.radii, lambdas.moments, strict=True
             )
         ]
         if self._ordered:
             radii = [part.changed(common) for part, common in zip(layers, self._common_changes(layers), strict=True)]
         else:
             radii = [part.changed_alone(limit) for part in layers]
-        if self.lambda_floor is not None:
-            bounds = (gamma / self.lambda_floor for gamma in lambdas.gamma)
-            radii = [jnp.minimum(radius, bound) for radius, bound in zip(radii, bounds, strict=True)]
-        paths = state.radii.paths
+        if (floor := self.rescaling.floor) is not None:
+            radii = [jnp.minimum(radius, gamma / floor) for radius, gamma in zip(radii, gammas, strict=True)]
+        unfed = [jnp.sum(bucket.by_path(part.unfed), axis=1) for bucket, part in zip(self.layout, layers, strict=True)]
         lambdas = lambdas._replace(
             moments=jax.tree.map(jnp.zeros_like, lambdas.moments),
             since_change=jnp.zeros_like(lambdas.since_change),
-            unfed=Stacked(tuple(part.unfed for part in layers), paths),
+            unfed=jnp.concatenate(unfed),
         )
-        radii = (jnp.where(part.usable, radius, part.radius) for part, radius in zip(layers, radii, strict=True))
-        return ScaleState(Stacked(tuple(radii), paths), lambdas)
+        changed = (
+            bucket.unflat(jnp.where(part.usable, radius, part.radius))
+            for bucket, part, radius in zip(self.layout, layers, radii, strict=True)
+        )
+        return ScaleState(tuple(changed), lambdas)
 
     @property
     def _ordered(self) -> bool:
@@ -174,8 +161,8 @@ class Scale:
 
     @property
     def _limit(self) -> float | None:
-        if self.max_change != "auto":
-            return self.max_change
+        if self.rescaling.max_change != "auto":
+            return self.rescaling.max_change
         if not self._ordered:
             return _LIMIT
         runs = " ".join("#" if path is None else "." for path in self.plan.order).replace(" ", "").split("#")
@@ -190,14 +177,17 @@ class Scale:
         """
         ones = [jnp.ones_like(part.common) for part in layers]
         order = self.plan.order
-        indices = np.array([self._places[path] for path in order if path is not None])
-        resets = np.array([n > 0 and order[n - 1] is None for n, path in enumerate(order) if path is not None])
+        # The layers that a parameter stacks follow each other.
+        met = [(path, n > 0 and order[n - 1] is None) for n, path in enumerate(order) if path is not None]
+        indices = np.array([place for path, _ in met for place in self._places[path]])
+        resets = np.array([reset and first == 0 for path, reset in met for first in range(len(self._places[path]))])
         dtype = jnp.result_type(*(one.dtype for one in ones))
         fed, before, common, shaped, gamma, radius = (
             jnp.concatenate([getattr(part, name).astype(dtype) for part in layers])
             for name in ("fed", "before", "common", "shaped", "rms_gamma", "rms_radius")
         )
-        highest = jnp.full_like(common, jnp.inf) if self.lambda_floor is None else gamma / self.lambda_floor / radius
+        floor = self.rescaling.floor
+        highest = jnp.full_like(common, jnp.inf) if floor is None else gamma / floor / radius
 
         def through(upstream, layer):
             reset, fed, before, common, shaped, highest = layer
@@ -212,9 +202,14 @@ class Scale:
         return [part.astype(one.dtype) for part, one in zip(parts, ones, strict=True)]
 
     @functools.cached_property
-    def _places(self) -> dict[str, int]:
-        """Position of each path in the concatenation of all buckets' layers."""
-        return {path: place for place, path in enumerate(path for bucket in self.layout for path in bucket.paths)}
+    def _places(self) -> dict[str, range]:
+        """Positions of each parameter's layers in the concatenation of all buckets'."""
+        places, start = {}, 0
+        for bucket in self.layout:
+            for path in bucket.paths:
+                places[path] = range(start, start + math.prod(bucket.layers))
+                start = places[path].stop
+        return places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,20 +232,14 @@ class _Layers:
     unfed: Int[Array, "layers"]
 
     @staticmethod
-    def of(
-        bucket: Bucket,
-        kind: Array | None,
-        gamma: Array,
-        radius: Array,
-        moments: FeatureMoments,
-        limit: float | None,
-    ) -> "_Layers":
-        std = moments.std
+    def of(mixture: Mixture, gamma: Array, radius: Array, moments: Moments, limit: float | None) -> "_Layers":
+        """The layers at the radii ℜ with the moments of their features."""
+        std = FeatureMoments(*moments).std
         # Below round-off of the layer's largest λ a channel is dead: its scale stays instead of growing without bound.
         finite = jnp.isfinite(std)
         dead = jnp.finfo(std.dtype).eps ** 0.5 * jnp.max(jnp.where(finite, std, 0), axis=(1, 2), keepdims=True)
         fed = (moments.count > 0) & (std > dead) & finite
-        constrained = Mixture(bucket.kinds, kind).constrained(jnp.ones_like(std)) > 0
+        constrained = mixture.constrained(jnp.ones_like(std)) > 0
         usable = constrained & fed
         std = jnp.where(usable, std, 1)
 
@@ -288,10 +277,6 @@ class _Layers:
         return radii if limit is None else jnp.clip(radii, self.radius / limit, self.radius * limit)
 
 
-def _fitted(bucket: Bucket, kind: Array | None, leaves: dict[str, Array]) -> Array:
-    return Mixture(bucket.kinds, kind).radius_of(bucket.stack(leaves))
-
-
-def _empty(shape: tuple[int, ...], dtype: jnp.dtype) -> FeatureMoments:
+def _empty(shape: tuple[int, ...], dtype: jnp.dtype) -> Moments:
     # Three arrays: a donated buffer must not be handed in twice.
-    return FeatureMoments(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return Moments(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -1,66 +1,95 @@
-"""Reading the radii and the figures of the last step out of an optimizer state, wherever they are in it."""
+"""The states of the links, and reading radii and figures out of them, wherever they are.
 
+What a state holds for each parameter has the tree of the parameters. What it holds for each matrix stands apart, in one
+array for each bucket of parameters of one shape. Figures are one array over the constrained parameters. `paths` names
+them: the keys of one dictionary for each bucket, without leaves.
+"""
+
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Int
 
-from ..groups import Stacked
-from ._scale import LambdaState, ScaleState
+from ..groups import Stacks
+
+ByPath = dict[str, Any]
+Paths = tuple[dict[str, tuple[()]], ...]
+
+
+class Moments(NamedTuple):
+    """Count, mean and centred second moment of what entered each matrix of a bucket."""
+
+    count: Float[Array, "paths *layers inputs outputs"]
+    mean: Float[Array, "paths *layers inputs outputs"]
+    m2: Float[Array, "paths *layers inputs outputs"]
+
+
+class LambdaState(NamedTuple):
+    """What λ needs between its changes: γ and moments by bucket, counts of applied updates, and `unfed` figures."""
+
+    gamma: Stacks
+    moments: tuple[Moments, ...]
+    since_change: Int[Array, ""]
+    total: Int[Array, ""]
+    unfed: Int[Array, "paths"]
+
+
+class Refused(NamedTuple):
+    """How often each leaf's gradient was refused: constrained ones as figures, others by path."""
+
+    constrained: Int[Array, "paths"]
+    free: ByPath
 
 
 class ProjectState(NamedTuple):
     """Of `project`: the kind of manifold of every matrix, and how often each leaf was refused."""
 
-    kinds: Stacked
-    refused: Stacked
+    paths: Paths
+    kinds: Stacks
+    refused: Refused
 
 
 class NormalizeState(NamedTuple):
     """Of `normalize_by_zeta`: the groups, and of the last step the share of groups with ζ > 1 and the largest R."""
 
-    groups: Stacked
-    zeta_share: Stacked
-    grad_norm: Stacked
+    paths: Paths
+    groups: Stacks
+    zeta_share: Float[Array, "paths"]
+    grad_norm: Float[Array, "paths"]
 
 
 class RetractState(NamedTuple):
     """Of `retract`: the kinds, and the largest ‖v‖/s of the last step."""
 
-    kinds: Stacked
-    step_ratio: Stacked
+    paths: Paths
+    kinds: Stacks
+    step_ratio: Float[Array, "paths"]
 
 
 class RescaleState(NamedTuple):
     """Of `rescale`: the kinds, ℜ (the radius of every matrix), and what λ needs."""
 
-    kinds: Stacked
-    radii: Stacked
+    paths: Paths
+    kinds: Stacks
+    radii: Stacks
     lambdas: LambdaState | None
-
-    @property
-    def scale(self) -> ScaleState:
-        """What changes with λ."""
-        return ScaleState(self.radii, self.lambdas)
 
 
 class FgsgdState(NamedTuple):
-    """Of `fgsgd`: all of the above, and the state of momentum and learning rate."""
+    """Of `fgsgd`: all of the above, momentum in the tree of the parameters, and the state of the learning rate."""
 
-    kinds: Stacked
-    groups: Stacked
-    radii: Stacked
+    momentum: Any
+    rate: Any
+    paths: Paths
+    kinds: Stacks
+    groups: Stacks
+    radii: Stacks
     lambdas: LambdaState | None
-    inner: Any
-    zeta_share: Stacked
-    grad_norm: Stacked
-    step_ratio: Stacked
-    refused: Stacked
-
-    @property
-    def scale(self) -> ScaleState:
-        """What changes with λ."""
-        return ScaleState(self.radii, self.lambdas)
+    zeta_share: Float[Array, "paths"]
+    grad_norm: Float[Array, "paths"]
+    step_ratio: Float[Array, "paths"]
+    refused: Refused
 
 
 class OnManifoldsState(NamedTuple):
@@ -68,17 +97,13 @@ class OnManifoldsState(NamedTuple):
     how often each leaf was refused.
     """
 
-    kinds: Stacked
-    radii: Stacked
+    paths: Paths
+    kinds: Stacks
+    radii: Stacks
     lambdas: LambdaState | None
     inner: Any
-    step_ratio: Stacked
-    refused: Stacked
-
-    @property
-    def scale(self) -> ScaleState:
-        """What changes with λ."""
-        return ScaleState(self.radii, self.lambdas)
+    step_ratio: Float[Array, "paths"]
+    refused: Refused
 
 
 class StepMetrics(NamedTuple):
@@ -93,7 +118,7 @@ class StepMetrics(NamedTuple):
 _STATES = (ProjectState, NormalizeState, RetractState, RescaleState, FgsgdState, OnManifoldsState)
 
 
-def radii(state: Any) -> dict[str, Float[Array, "inputs outputs"]]:
+def radii(state: Any) -> dict[str, Float[Array, "*layers inputs outputs"]]:
     """ℜ of every matrix, by path of the parameter: the radii that the state of `rescale`, `fgsgd` or a wrapper holds.
 
     Args:
@@ -113,12 +138,18 @@ def radii(state: Any) -> dict[str, Float[Array, "inputs outputs"]]:
       >>> fg.radii(fg.fgsgd(0.1, plan).init(params))["dense"].tolist()
       [[2.0]]
     """
-    for found in _find(state):
-        if isinstance(found, (RescaleState, FgsgdState, OnManifoldsState)):
-            return found.radii.by_path()
-    raise ValueError(
-        "this state holds no radii: it is of no chain with fg.rescale(plan), nor of fg.fgsgd or fg.on_manifolds"
-    )
+    holding = [found for found in _find(state) if isinstance(found, (RescaleState, FgsgdState, OnManifoldsState))]
+    if not holding:
+        raise ValueError(
+            "this state holds no radii: it is of no chain with fg.rescale(plan), nor of fg.fgsgd or fg.on_manifolds"
+        )
+    # The outermost first: an optimizer inside `on_manifolds` may hold radii of the same weights.
+    return {
+        path: radius
+        for found in reversed(holding)
+        for paths, stacked in zip(found.paths, found.radii, strict=True)
+        for path, radius in zip(sorted(paths), stacked, strict=True)
+    }
 
 
 def refused(state: Any) -> dict[str, Int[Array, ""]]:
@@ -146,7 +177,8 @@ def refused(state: Any) -> dict[str, Int[Array, ""]]:
     counts: dict[str, Array] = {}
     for found in _find(state):
         if isinstance(found, (ProjectState, FgsgdState, OnManifoldsState)):
-            for path, count in found.refused.by_path().items():
+            own = dict(zip(_names(found), found.refused.constrained, strict=True)) | found.refused.free
+            for path, count in own.items():
                 counts[path] = counts[path] + count if path in counts else count
     if not counts:
         raise ValueError(
@@ -180,22 +212,31 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
       >>> [round(float(x), 6) for x in (found.zeta_share, found.grad_norm, found.step_ratio)]
       [1.0, 2.0, 0.025]
     """
-    figures: dict[str, dict[str, Any]] = {}
-    for found in _find(state):
-        for source in (found, getattr(found, "lambdas", None)):
-            for name in StepMetrics._fields:
-                if hasattr(source, name):
-                    for path, value in getattr(source, name).by_path().items():
-                        figures.setdefault(path, {})[name] = value
-    if not figures:
+    states = list(_find(state))
+    if not states:
         raise ValueError(
             "this state holds no figures: it is of no chain of fg's links, nor of fg.fgsgd or fg.on_manifolds"
         )
+    figures: dict[str, dict[str, Any]] = {}
+    for found in states:
+        paths = _names(found)
+        for source in (found, getattr(found, "lambdas", None)):
+            for name in StepMetrics._fields:
+                if hasattr(source, name):
+                    for path, value in zip(paths, getattr(source, name), strict=True):
+                        figures.setdefault(path, {})[name] = value
     return {path: StepMetrics(**values) for path, values in figures.items()}
 
 
-def _find(state: Any) -> list[Any]:
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, _STATES))
-    found = [leaf for leaf in leaves if isinstance(leaf, _STATES)]
-    # The optimizer inside `on_manifolds` may hold links too.
-    return found + [link for leaf in found if isinstance(leaf, OnManifoldsState) for link in _find(leaf.inner)]
+def _names(state: Any) -> list[str]:
+    """The constrained parameters of a link's state, in the order of its figures."""
+    return [path for of_bucket in state.paths for path in sorted(of_bucket)]
+
+
+def _find(state: Any) -> Iterator[Any]:
+    """All states of links in a tree, in its order; those inside `on_manifolds` after its own."""
+    for leaf in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, _STATES)):
+        if isinstance(leaf, _STATES):
+            yield leaf
+            if isinstance(leaf, OnManifoldsState):
+                yield from _find(leaf.inner)

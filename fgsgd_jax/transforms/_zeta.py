@@ -18,7 +18,7 @@ def check_options(rho: Scalar, curvature: Scalar) -> None:
 
 def of_groups(
     squares: Float[Array, "layers inputs outputs"], group: Int[Array, "layers inputs outputs"] | None, bucket: Bucket
-) -> tuple[Float[Array, "layers #inputs #outputs"], list[Float[Array, "layers _"]]]:
+) -> tuple[Float[Array, "layers #inputs #outputs"], list[Float[Array, "_ _"]]]:
     """Sums over groups: for every matrix that of its group, and tables that together hold every group once, or 0.
 
     Rows and columns are summed by masks, which needs no scattered additions and keeps shardings.
@@ -30,11 +30,12 @@ def of_groups(
             total = jnp.sum(squares, axis=(1, 2), keepdims=True)
             return total, [total[:, :, 0]]
         case "custom":
-            layers, numbers = len(squares), bucket.num_groups
+            # The numbers run on over the layers that a parameter stacks.
+            count, numbers = len(bucket.paths), bucket.num_groups
             assert group is not None
-            keys = group + numbers * jnp.arange(layers, dtype=group.dtype)[:, None, None]
-            sums = jax.ops.segment_sum(squares.ravel(), keys.ravel(), layers * numbers).reshape(layers, numbers)
-            own = jnp.take_along_axis(sums, group.reshape(layers, -1), axis=1)
+            keys = bucket.by_path(group) + numbers * jnp.arange(count, dtype=group.dtype)[:, None, None, None]
+            sums = jax.ops.segment_sum(squares.ravel(), keys.ravel(), count * numbers).reshape(count, numbers)
+            own = jnp.take_along_axis(sums, group.reshape(count, -1), axis=1)
             return own.reshape(group.shape), [sums]
     # Members of rows, of columns, or first those of rows and then those of columns: see `groups_of`.
     axes = {"row": (2,), "column": (1,), "row or column": (2, 1)}[bucket.grouping]

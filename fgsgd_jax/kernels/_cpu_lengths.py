@@ -1,0 +1,93 @@
+"""CPU: spheres and oblique matrices of any height, whose sums are as fast as what they are sums of."""
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ..linalg import matmul
+from ..manifolds import Euclidean, Manifold, Mixture, Oblique, Sphere
+from ._layers import Layer, Results, joined, split
+
+# So many slices are added up in one loop over their entries; of 16 and more XLA on CPU makes several.
+_SLICES = 8
+
+
+def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
+    """Whether this form serves `count` n×p matrices on these manifolds."""
+    return n * p * count > 0 and all(type(manifold) in (Euclidean, Sphere, Oblique) for manifold in manifolds)
+
+
+def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
+    """See `_reference.tangent`."""
+    layer = joined(layers)
+    t = _tangent(manifolds, layer)
+    return split(t, layers), split(total(jnp.square(t), whole=True)[..., 0, 0], layers)
+
+
+def step(
+    manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
+) -> Results:
+    """See `_reference.step`."""
+    layer = joined(layers)
+    v = factor * (layer.w if is_tangent else _tangent(manifolds, layer))
+    y = layer.x + v
+    squares = _lengths(manifolds, layer, jnp.square(y), jnp.square(layer.radius))
+    # A tangent step gives at least s². Next to nothing, overflow and NaN mean that there is no step to take.
+    info = jnp.finfo(y.dtype)
+    fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares)
+    radius = layer.radius[..., None, None]
+    reached = radius if layer.new_radius is None else layer.new_radius[..., None, None]
+    scale = reached / jnp.sqrt(jnp.where(fine, squares, 1))
+    point = jnp.where(fine, y * scale, layer.x * (reached / radius))
+    ratio = jnp.sqrt(total(jnp.square(v), whole=True)) / radius
+    constrained = Mixture(manifolds, layer.kind).constrained(ratio[..., 0, 0])
+    return split(point - layer.x, layers), split(constrained, layers)
+
+
+def _tangent(manifolds: tuple[Manifold, ...], layer: Layer) -> Array:
+    lengths = _lengths(manifolds, layer, layer.x * layer.w, jnp.zeros_like(layer.radius))
+    return layer.w - layer.x * (lengths / jnp.square(layer.radius)[..., None, None])
+
+
+def _lengths(manifolds: tuple[Manifold, ...], layer: Layer, entries: Array, otherwise: Array) -> Array:
+    """Sums over the columns of oblique matrices, over all of those on spheres; of Euclidean ones `otherwise`."""
+    selected = None
+    for index, manifold in enumerate(manifolds):
+        if type(manifold) is Euclidean:
+            lengths = otherwise[..., None, None]
+        else:
+            lengths = total(entries, whole=type(manifold) is Sphere)
+        selected = lengths if selected is None else jnp.where((layer.kind == index)[..., None, None], lengths, selected)
+    return selected
+
+
+def total(x: Float[Array, "*batch n p"], whole: bool) -> Float[Array, "*batch 1 #p"]:
+    """Sums over the columns, or over the whole matrices."""
+    # Sums of slices, which XLA on CPU computes together with what they are sums of, and then products, since it takes
+    # up to thirty times as long to add up what it computes along these axes.
+    if whole:
+        x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1], 1)
+    rows = x.shape[-2]
+    height = rows // _SLICES
+    if height < 2:
+        return functools.reduce(operator.add, jnp.split(x, rows, axis=-2))
+    slices = [lax.slice_in_dim(x, i * height, (i + 1) * height, axis=-2) for i in range(_SLICES)]
+    result = _sum_of_rows(functools.reduce(operator.add, slices))
+    if _SLICES * height < rows:
+        result += _sum_of_rows(lax.slice_in_dim(x, _SLICES * height, None, axis=-2))
+    return result
+
+
+def _sum_of_rows(x: Array) -> Array:
+    """The total over the rows, by a product with ones."""
+    *batch, n, p = x.shape
+    if p > 1:
+        # As many rows of ones as matrices: for one, XLA on CPU would transpose x.
+        return matmul(jnp.ones((*batch, 1, n), x.dtype), x)
+    # Of a product of one row and one column, XLA on CPU makes the slow sum again.
+    ones = (lax.broadcasted_iota(jnp.int32, (n, 2), 1) == 0).astype(x.dtype)
+    return matmul(x.reshape(*batch, n), ones)[..., :1, None]

@@ -1,0 +1,306 @@
+"""CPU: many small matrices, entry by entry.
+
+Entry (i, j) of all matrices of all layers is one vector, so that a convolution kernel `[n, p, C, D]` is joined with the
+others as it lies in memory. Products of matrices are sums of outer products of slices, which XLA on CPU compiles to
+one loop without branches.
+
+On the Euclidean space, the sphere, the oblique and the Stiefel manifold alike the projection is `g - x C(xᵀg)/s²` and
+the retraction is `s y C(yᵀy)` with `y = (x + v)/s`; only the p×p matrix C depends on the manifold. So one pass serves
+all of them.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from ..linalg import MOST_TURNS, exact_below
+from ..manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
+from ._layers import Layer, Results
+
+# Up to so many multiplications a product costs little beside moving its operands: 9×9 matrices.
+_MULTIPLICATIONS = 768
+# Taller matrices take longer to compile than they gain.
+_LONGEST = 32
+# So many entries of matrices are handled at a time, which stay in a core's L2 cache, in steps of so many matrices.
+_ENTRIES, _LANES = 2**15, 16
+# Fewer matrices are handled as fast by batched products.
+_FEWEST = 256
+
+
+def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
+    """Whether this form serves `count` n×p matrices on these manifolds."""
+    small = 0 < p <= n <= _LONGEST and n * p * p <= _MULTIPLICATIONS
+    return small and count >= _FEWEST and all(_serves(manifold) for manifold in manifolds)
+
+
+def _serves(manifold: Manifold) -> bool:
+    return type(manifold) in (Euclidean, Sphere, Oblique) or (
+        type(manifold) is Stiefel and manifold.retraction == "polar"
+    )
+
+
+def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
+    """See `_reference.tangent`."""
+
+    def of_chunk(layer: Layer) -> tuple[Array, Array]:
+        t = fusion_barrier(_Members(manifolds, layer.kind).tangent, layer.x, layer.w, 1 / layer.radius)
+        return t, _sum(jnp.square(t))
+
+    return _by_chunks(of_chunk, layers)
+
+
+def step(
+    manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
+) -> Results:
+    """See `_reference.step`."""
+
+    def of_chunk(layer: Layer) -> tuple[Array, Array]:
+        on, inverse = _Members(manifolds, layer.kind), 1 / layer.radius
+        v = layer.w if is_tangent else on.tangent(layer.x, layer.w, inverse)
+        ratio, y = fusion_barrier(on.ambient, layer.x, v, factor, inverse)
+        growth = jnp.ones_like(inverse) if layer.new_radius is None else layer.new_radius * inverse
+        displacement = on.displacement(layer.x, y, on.but_euclidean(layer.radius), growth)
+        return displacement, jnp.where(on.euclidean, 0, ratio)
+
+    return _by_chunks(of_chunk, layers)
+
+
+def _by_chunks(of_chunk: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
+    """`of_chunk` of all matrices, a few at a time, so that intermediate results stay in the cache.
+
+    Those of a whole network would be new to the process at every call, and the page faults cost as much as the
+    arithmetic.
+    """
+    joined = _join(layers)
+    chunks, size = _chunks(layers)
+    if chunks == 1:
+        results, figures = of_chunk(joined)
+        return _split(results, layers), _split(figures, layers, values=True)
+
+    def chunk(index, carry):
+        results, figures = carry
+        start = index * size
+
+        def part(a):
+            # Else XLA on CPU takes the part anew for each of its uses.
+            return fusion_barrier(lambda a, start: lax.dynamic_slice_in_dim(a, start, size, axis=-1), a, start)
+
+        own = jax.tree.map(part, joined._replace(w=results))
+        result, figure = of_chunk(own)
+        # The result takes the place of what it is made from.
+        return tuple(
+            lax.dynamic_update_slice_in_dim(whole, new, start, axis=-1)
+            for whole, new in zip((results, figures), (result, figure), strict=True)
+        )
+
+    # In `shard_map` the results differ between devices where any of the arguments do.
+    nothing = sum(jnp.zeros_like(a, joined.w.dtype, shape=(1, 1, 1)) for a in jax.tree.leaves(joined))
+    results, figures = lax.fori_loop(0, chunks, chunk, (joined.w + nothing, joined.radius + nothing))
+    return _split(results, layers), _split(figures, layers, values=True)
+
+
+def _chunks(layers: Sequence[Layer]) -> tuple[int, int]:
+    """Into how many chunks to divide the matrices, and their size: that of all or a little more."""
+    count = sum(math.prod(layer.x.shape[:-2]) for layer in layers)
+    n, p = layers[0].x.shape[-2:]
+    chunks = -(-count // max(_LANES, _ENTRIES // (n * p)))
+    size = -(-count // (chunks * _LANES)) * _LANES
+    largest = max(math.prod(layer.x.shape[:-2]) for layer in layers)
+    # The last chunk is filled up with matrices of the largest layer.
+    return (chunks, size) if chunks > 1 and chunks * size - count <= largest else (1, count)
+
+
+class _Members:
+    """The arithmetic on matrices `[n, p, count]`, of which `kind` says on which of the manifolds they lie.
+
+    Values of one number for each matrix are `[1, 1, count]`, or of that rank.
+    """
+
+    def __init__(self, manifolds: tuple[Manifold, ...], kind: Array | None):
+        self.manifolds, self.kind = manifolds, kind
+
+    def _of(self, cls: type[Manifold]) -> Bool[Array, "1 1 #count"]:
+        """Which matrices are of this class."""
+        found = [type(manifold) is cls for manifold in self.manifolds]
+        if all(found) or not any(found):
+            return jnp.full((1, 1, 1), found[0])
+        return functools.reduce(operator.or_, (self.kind == index for index, is_cls in enumerate(found) if is_cls))
+
+    @property
+    def euclidean(self) -> Bool[Array, "1 1 #count"]:
+        """Which matrices are Euclidean."""
+        return self._of(Euclidean)
+
+    @property
+    def _has_stiefel(self) -> bool:
+        return any(type(manifold) is Stiefel for manifold in self.manifolds)
+
+    def but_euclidean(self, values: Float[Array, "1 1 count"]) -> Float[Array, "1 1 count"]:
+        """`values`, 1 for Euclidean matrices."""
+        return jnp.where(self.euclidean, 1, values)
+
+    def tangent(self, x: Array, g: Array, inverse: Array) -> Array:
+        """`g - x C(xᵀg)/s²`."""
+        if not self._has_stiefel:
+            return g - x * (self._lengths(x * g, 0.0) * jnp.square(inverse))
+        core = fusion_barrier(lambda x, g: self._core(x, g) * jnp.square(inverse), x, g)
+        return g - matmul(x, core)
+
+    def _core(self, x: Array, g: Array) -> Float[Array, "p p count"]:
+        products = gram(x, g)
+        diagonal = identity(products) * self._lengths(x * g, 0.0)
+        symmetric = (products + jnp.swapaxes(products, 0, 1)) / 2
+        return jnp.where(self._of(Stiefel), symmetric, diagonal)
+
+    def ambient(self, x: Array, v: Array, factor: Array, inverse: Array) -> tuple[Array, Array]:
+        """‖v‖/s of `factor` times v, and `y = (x + factor v)/s`."""
+        ratio = jnp.sqrt(_sum(jnp.square(v * (factor * inverse))))
+        # As in the polar retraction: beyond this length x + v holds nothing of x, and the iteration converges from a
+        # Gram matrix of norm 2.
+        longest = jnp.finfo(x.dtype).eps ** -0.5
+        within = jnp.where(self._of(Stiefel), longest / jnp.maximum(ratio, longest), 1)
+        shrink = jnp.where(self._of(Stiefel) & (ratio > 0.4), 1 / (1 + ratio * within), 1)
+        return ratio, (x + (factor * within) * v) * (self.but_euclidean(inverse) * shrink)
+
+    def displacement(self, x: Array, y: Array, radius: Array, growth: Array) -> Array:
+        """`s y C(yᵀy) - x`, the first term times `growth`; no step where y is zero, overflows or is not a number."""
+        usable = jnp.ones((1, 1, 1), bool)
+        if self._has_stiefel:
+            y, usable = self._polar(y)
+
+        def displacement(x, y, usable):
+            squares = self._lengths(jnp.square(y), 1.0)
+            # Sphere and oblique: a tangent step gives at least 1.
+            info = jnp.finfo(x.dtype)
+            fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares) & usable
+            point = jnp.where(fine, y * (radius / jnp.sqrt(jnp.where(fine, squares, 1))), x)
+            return point * growth - x
+
+        return fusion_barrier(displacement, x, y, usable)
+
+    def _polar(self, y: Array) -> tuple[Array, Bool[Array, "1 1 count"]]:
+        """`y` with the polar factors of its Stiefel matrices, and which converged: see `linalg.orthonormalize`."""
+        stiefel, enough = self._of(Stiefel), exact_below(y.dtype)
+
+        def unfinished(carry):
+            _, bound, turns = carry
+            return jnp.any(bound > enough) & (turns < MOST_TURNS)
+
+        def turn(carry):
+            y, _, turns = carry
+            e = fusion_barrier(lambda y: gram(y, y) - identity(y[: y.shape[1]]), y)
+            square = fusion_barrier(matmul, e, e)
+            root, bound = fusion_barrier(inverse_root, e, square)
+            return fusion_barrier(lambda y, root: y + matmul(y, root), y, root), bound, turns + 1
+
+        def inverse_root(e, square):
+            root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
+            bound = jnp.sqrt(jnp.sqrt(_sum(jnp.square(square))))
+            return jnp.where(stiefel, root, 0), jnp.where(stiefel, bound, 0)
+
+        # Made of y, so that in `shard_map` it differs between devices where y does.
+        start = jnp.inf + 0 * y[:1, :1]
+        y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
+        return y, bound <= enough
+
+    def _lengths(self, entries: Array, otherwise: float) -> Float[Array, "1 p count"]:
+        """Sums over the columns of oblique matrices, over all of those on spheres, and `otherwise`."""
+        columns = _over(operator.add, entries, 0)
+        total = _over(operator.add, columns, 1)
+        return jnp.where(self._of(Sphere), total, jnp.where(self._of(Oblique), columns, otherwise))
+
+
+def _over(pair: Callable[[Array, Array], Array], x: Array, axis: int) -> Array:
+    """The slices along an axis combined by pairs: XLA on CPU reduces over leading axes far slower."""
+    return functools.reduce(pair, jnp.split(x, x.shape[axis], axis=axis))
+
+
+def _sum(x: Float[Array, "n p count"]) -> Float[Array, "1 1 count"]:
+    return _over(operator.add, _over(operator.add, x, 0), 1)
+
+
+def matmul(a: Float[Array, "n k count"], b: Float[Array, "k p count"]) -> Float[Array, "n p count"]:
+    """`a @ b` as a sum of outer products."""
+    return functools.reduce(operator.add, (a[:, k, None] * b[None, k] for k in range(a.shape[1])))
+
+
+def gram(a: Float[Array, "n p count"], b: Float[Array, "n q count"]) -> Float[Array, "p q count"]:
+    """`aᵀb` as a sum of outer products."""
+    return functools.reduce(operator.add, (a[k, :, None] * b[k, None] for k in range(a.shape[0])))
+
+
+def identity(x: Float[Array, "p p count"]) -> Float[Array, "p p 1"]:
+    """An identity matrix that broadcasts against those of `x`."""
+    return jnp.eye(x.shape[0], dtype=x.dtype)[:, :, None]
+
+
+def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, computed once, whatever uses it.
+
+    XLA on CPU computes a fused operand again for each of its uses. The branch that is always taken, unknown to the
+    compiler, is the one boundary that its fusion respects.
+    """
+    results = jax.eval_shape(function, *args)
+
+    def zeros(*args):
+        # Made of the arguments, so that in `shard_map` they differ between devices where those do.
+        nothing = functools.reduce(operator.add, (0 * leaf.ravel()[0].astype(jnp.float32) for leaf in args))
+        return jax.tree.map(lambda result: jnp.broadcast_to(nothing.astype(result.dtype), result.shape), results)
+
+    return lax.cond(lax.optimization_barrier(jnp.ones((), bool)), function, zeros, *args)
+
+
+def _join(layers: Sequence[Layer]) -> Layer:
+    """All layers as one: matrices `[n, p, count]`, values `[1, 1, count]`, with layers of one shape side by side."""
+    layers = [layers[place] for place in _order(layers)]
+    chunks, size = _chunks(layers)
+    missing = chunks * size - sum(math.prod(layer.x.shape[:-2]) for layer in layers)
+    largest = max(range(len(layers)), key=lambda place: math.prod(layers[place].x.shape[:-2]))
+
+    def filled_up(parts):
+        return [*parts, parts[largest][..., :missing]] if missing else parts
+
+    def matrices(parts):
+        flat = [jnp.moveaxis(x, (-2, -1), (0, 1)).reshape(*x.shape[-2:], -1) for x in parts]
+        return jnp.concatenate(filled_up(flat), axis=-1)
+
+    def values(parts):
+        if parts[0] is None:
+            return None
+        # Of parts of one array that lie side by side XLA makes one slice. Fused with what follows, a concatenation asks of
+        # every entry in which of the parts it is.
+        flat = jnp.concatenate(filled_up([part.ravel() for part in parts]))
+        return fusion_barrier(lambda flat: flat, flat)[None, None]
+
+    x, w, *others = zip(*layers, strict=True)
+    return Layer(matrices(x), matrices(w), *map(values, others))
+
+
+def _split(joined: Float[Array, "n p count"], layers: Sequence[Layer], values: bool = False) -> list[Array]:
+    """The layers' parts of matrices or values: undoes `_join`."""
+    # XLA on CPU compiles a kernel for each part whose start it knows, and else one for each size. Values are joined
+    # again soon: their slices vanish if it knows that they are adjacent.
+    one = lax.optimization_barrier(jnp.ones((), jnp.uint32))
+    flat = joined.ravel() if values else joined
+    parts, start = {}, 0
+    for place in _order(layers):
+        batch = layers[place].x.shape[:-2]
+        size = math.prod(batch)
+        if values:
+            parts[place] = lax.slice_in_dim(flat, start, start + size).reshape(batch)
+        else:
+            part = lax.dynamic_slice_in_dim(flat, start * one, size, axis=-1)
+            parts[place] = jnp.moveaxis(part.reshape(*joined.shape[:-1], *batch), (0, 1), (-2, -1))
+        start += size
+    return [parts[place] for place in range(len(layers))]
+
+
+def _order(layers: Sequence[Layer]) -> list[int]:
+    return sorted(range(len(layers)), key=lambda place: layers[place].x.shape)

@@ -1,0 +1,49 @@
+"""Steps of large matrices shared out over devices that all hold the weights."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from ..manifolds import Manifold
+from . import _xla
+from ._layers import Layer, Results, joined, split
+
+# A product of so few multiplications costs less than bringing the parts together again.
+_MULTIPLICATIONS = 768
+
+
+def serves(n: int, p: int, count: int) -> bool:
+    """Whether sharing out `count` n×p matrices pays."""
+    return count > 1 and n * p * min(n, p) > _MULTIPLICATIONS
+
+
+def step(
+    mesh: Mesh,
+    manifolds: tuple[Manifold, ...],
+    layers: Sequence[Layer],
+    factor: Float[Array, ""],
+    is_tangent: bool,
+) -> Results:
+    """See `_reference.step`; each device of the mesh with its part of the matrices."""
+    layer = joined(layers)
+    layer, count, part = layer._replace(w=factor * layer.w), len(layer.x), PartitionSpec(mesh.axis_names)
+
+    # Around explicit axes a context was made in which the mesh has automatic ones.
+    own = mesh if jax.sharding.get_abstract_mesh().empty else None
+
+    # Each device chooses the turns of its iteration by the matrices that it has.
+    @functools.partial(jax.shard_map, mesh=own, in_specs=part, out_specs=part, check_vma=False)
+    def step_part(layer: Layer) -> tuple[Array, Array]:
+        (displacement,), (ratio,) = _xla.step(manifolds, [layer], jnp.ones((), layer.x.dtype), is_tangent)
+        return displacement, ratio
+
+    def filled_up(values: Array) -> Array:
+        """With the last one again, to as many as can be dealt evenly."""
+        return jnp.concatenate([values, *[values[-1:]] * (-count % mesh.size)])
+
+    displacement, ratio = step_part(jax.tree.map(filled_up, layer))
+    return split(displacement[:count], layers), split(ratio[:count], layers)

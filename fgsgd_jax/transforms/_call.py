@@ -1,0 +1,160 @@
+"""What every link does first: find the plan, and the constrained weights in the trees that it is given."""
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+from ..groups import Pattern, Plan, Scheme, as_plan, buckets, by_path, from_paths, violation
+from ..manifolds import compute_dtype
+from ._rescaling import InitialRadii
+from ._scale import ScaleState
+from ._states import ByPath
+
+PlanOrRules = Plan | Iterable[tuple[Pattern, Scheme | None]]
+
+# A forgotten `initialize` violates by about 1, half a displacement by its square, rounding to bfloat16 by a few of its
+# eps, float32 by 1e-6; but a radius that falls by a factor leaves that many times the rounding, for one step.
+_OFF_MANIFOLD, _OFF_AT_NEW_RADII = 1e-5, 1e-3
+
+
+class Call(NamedTuple):
+    """One call of a link: the plan, and by path the leaves of the parameters and of the updates.
+
+    `tree` is that of the updates.
+    """
+
+    plan: Plan
+    points: ByPath
+    leaves: ByPath
+    tree: Any
+
+    @property
+    def constrained(self) -> ByPath:
+        """The points that have a collection."""
+        return {path: self.points[path] for path in self.plan.collections}
+
+    @property
+    def free(self) -> ByPath:
+        """The updates of the leaves without a collection."""
+        return {path: leaf for path, leaf in self.leaves.items() if path not in self.plan.collections}
+
+    def answer(self, changed: ByPath) -> Any:
+        """The tree of the updates with the changed leaves."""
+        return from_paths(self.leaves | changed, self.tree)
+
+
+class Start(NamedTuple):
+    """What `init` is given: the plan and the leaves by path; none of a tree of placeholders."""
+
+    plan: Plan
+    leaves: ByPath
+
+
+def started(link: str, plan: PlanOrRules, params: Any) -> Start:
+    """The plan and leaves of `init`.
+
+    `optax.tree_utils.tree_map_params` asks for the structure of a state with a placeholder for the parameters, which
+    has no leaves.
+    """
+    if params is not None and not jax.tree.leaves(params) and isinstance(plan, Plan):
+        return Start(plan, {})
+    own = as_plan(plan, params) if params is not None else plan
+    return Start(own, _leaves(params, own, "parameters", link))
+
+
+def called(link: str, plan: PlanOrRules, updates: Any, params: Any, needs_params: bool = True) -> Call:
+    """The plan and leaves of `update`."""
+    if needs_params and params is None:
+        raise ValueError(f"{link} needs the parameters: call tx.update(grads, state, params)")
+    own = as_plan(plan, updates if params is None else params)
+    points = _leaves(params, own, "parameters", link) if needs_params else {}
+    leaves = _leaves(updates, own, "updates", link)
+    # An update wider than its weight would widen the state, and then the weight.
+    leaves |= {path: _narrowed(leaves[path], points[path]) for path in leaves if path in points}
+    return Call(own, points, leaves, updates)
+
+
+def _narrowed(update: Array, point: Array) -> Array:
+    if not jnp.issubdtype(point.dtype, jnp.floating) or update.dtype.itemsize <= point.dtype.itemsize:
+        return update
+    dtype = compute_dtype(point.dtype)
+    return update.astype(dtype) if update.dtype.itemsize > dtype.itemsize else update
+
+
+def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
+    """The leaves by path, if the weights of the plan's collections are among them, in their shapes."""
+    if tree is None:
+        raise ValueError(f"{link} needs the {role}: call tx.update(grads, state, params)")
+    leaves = by_path(tree)
+    for path in plan.collections:
+        if path not in leaves:
+            raise ValueError(
+                f"{link}: the {role} lack the leaf {path!r}, which the plan constrains; a wrapper that flattens, "
+                "renames or hides weights goes inside, as in fg.on_manifolds(optax.flatten(optimizer), plan). Under "
+                "optax.partition give each part a plan of its own, or put the whole plan outside. The "
+                f"paths are {list(leaves)[:8]}"
+            )
+        if leaves[path].shape != plan.entries[path].shape:
+            raise ValueError(
+                f"{link}: {path} has shape {leaves[path].shape} in the {role}, {plan.entries[path].shape} in the plan: "
+                + (
+                    "gradients by example are aggregated before, as in optax.chain(optax.contrib."
+                    f"differentially_private_aggregate(...), {link}(...))"
+                    if leaves[path].shape[1:] == plan.entries[path].shape
+                    else "make the plan from these parameters"
+                )
+            )
+    return leaves
+
+
+def check_on_manifold(link: str, start: Start, params: Any, initial_radii: InitialRadii) -> None:
+    """Raises if concrete parameters are off their manifolds; under jit nothing can be said."""
+    radii = None if initial_radii == "gamma" else "fitted"
+    for path, found in _violations(start.plan, start.leaves, params, radii, _OFF_MANIFOLD).items():
+        collection = start.plan.collections[path]
+        raise ValueError(
+            f"{link}: {path} is off its manifolds ({', '.join(type(kind).__name__ for kind in collection.kinds)}; "
+            f"γ = {np.min(collection.gamma):.3g}) by {found:.2g}. Start from "
+            "fg.initialize(key, params, plan), or keep these weights with fg.nearest(params, plan); to keep their "
+            f"scales too, write fg.nearest(params, plan, radii='fitted') and {link}(..., initial_radii='fitted')"
+        )
+
+
+def check_still_on_manifold(link: str, call: Call, params: Any, scale: ScaleState) -> None:
+    """Raises if concrete parameters have left their manifolds during the training."""
+    if any(isinstance(radius, Tracer) for radius in scale.radii):
+        return
+    limit = _OFF_MANIFOLD if scale.lambdas is None else _OFF_AT_NEW_RADII
+    radii = {
+        path: radius
+        for bucket, stacked in zip(buckets(call.plan), scale.radii, strict=True)
+        for path, radius in zip(bucket.paths, stacked, strict=True)
+    }
+    for path, found in _violations(call.plan, call.points, params, radii, limit).items():
+        raise ValueError(
+            f"{link}: {path} has left its manifolds by {found:.2g} since the last step: something around {link} "
+            "changes its displacements, or the weights (optax.ema, apply_every, lookahead, reduce_on_plateau, "
+            "conditionally_transform, contrib.mechanize, contrib.schedule_free, averages). Put that inside, as in "
+            "fg.on_manifolds(optax.chain(optimizer, optax.ema(0.9)), plan), or bring the weights back with "
+            "fg.nearest(params, plan, fg.radii(opt_state))"
+        )
+
+
+def _violations(
+    plan: Plan, leaves: ByPath, params: Any, radii: dict[str, Array] | Literal["fitted"] | None, limit: float
+) -> dict[str, float]:
+    """Of the parameters that are further off than `limit` and rounding; of none where they cannot be looked at."""
+    if any(path not in leaves or isinstance(leaves[path], (Tracer, jax.ShapeDtypeStruct)) for path in plan):
+        return {}
+    # Inside `lax.cond`, as of optax.conditionally_transform, even what is made of known numbers would be traced.
+    with jax.ensure_compile_time_eval():
+        return {
+            path: float(found)
+            for path, found in violation(params, plan, radii).items()
+            if not float(found) <= max(limit, 16 * float(jnp.finfo(leaves[path].dtype).eps))
+        }
