@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import reprlib
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from ._deal import Bits
 from ._paths import Pattern, by_path, from_paths, matches
 from ._schemes import Scheme
 from ._trace import Trace
-from ._views import SLICES, View
+from ._views import View, default_view, doubt
 
 _FORMAT = "fgsgd_jax plan 1"
 
@@ -200,10 +201,10 @@ def plan(
       >>> fg.plan(params, rules)["Conv_0/kernel"].num_groups
       10
     """
-    rules = _checked_rules(rules)
+    rules = checked_rules(rules)
     if degenerate not in ("error", "euclidean"):
         raise ValueError(f"degenerate={degenerate!r}: write 'error' or 'euclidean'")
-    leaves = by_path(params)
+    leaves = array_leaves(params)
     for pattern, _ in rules:
         if not any(matches(pattern, path, leaf) for path, leaf in leaves.items()):
             raise ValueError(
@@ -229,7 +230,28 @@ def _is_sharded(leaf: Any) -> bool:
     return sharding is not None and not sharding.is_fully_replicated
 
 
-def _checked_rules(rules) -> list[tuple[Pattern, Scheme | None]]:
+def array_leaves(params: Any) -> dict[str, Any]:
+    """The leaves by path, if they are arrays or say the shape and dtype of one."""
+    leaves = by_path(params)
+    for path, leaf in leaves.items():
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            remedy = (
+                "jnp.asarray of it"
+                if isinstance(leaf, (bool, int, float, complex))
+                else (
+                    "the parameters alone: nnx.state(model, nnx.Param) of an NNX model, eqx.filter(model, "
+                    'eqx.is_inexact_array) of an equinox model, variables["params"] of a linen one'
+                )
+            )
+            raise TypeError(
+                f"{path}: a parameter is an array, this is {reprlib.repr(leaf)} (a {type(leaf).__name__}); give "
+                f"{remedy}"
+            )
+    return leaves
+
+
+def checked_rules(rules) -> list[tuple[Pattern, Scheme | None]]:
+    """The rules as a list, if they are pairs of a pattern and a scheme."""
     rules = list(rules)
     for rule in rules:
         if not (isinstance(rule, tuple) and len(rule) == 2 and (isinstance(rule[0], str) or callable(rule[0]))):
@@ -262,38 +284,42 @@ def _entry(
             "complex weights are not supported" if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else "not weights"
         )
         raise ValueError(f"{remedy}: it is {leaf.dtype}; give it the scheme None")
-    if scheme.view is None and len(shape) != 4:
-        raise ValueError(
-            f"{scheme} takes the spatial slices of four-dimensional kernels; for this tensor give a view, as in "
-            f'view="i o -> 1 1 i o" for the matrix of a Dense layer, or the scheme None'
-        )
-    view = View.of(SLICES if scheme.view is None else scheme.view, shape, **scheme.sizes)
-    inputs, outputs, *matrix = view.grid
-    if 0 in view.grid:
+    if scheme.layers and scheme.layers >= len(shape):
+        raise ValueError(f"layers={scheme.layers} stacks all axes of this tensor; the axes of a layer follow them")
+    layers, shape_of_layer = shape[: scheme.layers], shape[scheme.layers :]
+    if 0 in shape:
         raise ValueError("it is empty; give it the scheme None")
+    name = default_view(shape_of_layer) if scheme.view is None else scheme.view
+    view = View.of(name, shape_of_layer, **scheme.sizes)
+    inputs, outputs, *matrix = view.grid
     manifolds, notes = list(scheme.manifolds), []
+    if not layers and (found := doubt(name, shape)):
+        notes.append(found)
     for index, manifold in enumerate(manifolds):
         if manifold.dim(tuple(matrix)) == 0:
-            name = f"{type(manifold).__name__} of {matrix[0]}×{matrix[1]} matrices"
+            matrices = f"{type(manifold).__name__} of {matrix[0]}×{matrix[1]} matrices"
             if degenerate == "error":
                 raise ValueError(
-                    f'{name} has dimension 0 and cannot train; write degenerate="euclidean" to leave them '
+                    f'{matrices} has dimension 0 and cannot train; write degenerate="euclidean" to leave them '
                     "unconstrained, or another view of the tensor"
                 )
             manifolds[index] = Euclidean()
-            notes.append(f"{name} has dimension 0: Euclidean")
+            notes.append(f"{matrices} has dimension 0: Euclidean")
     if len(manifolds) > (dealt := scheme.dealt_at_once(inputs, outputs)):
         notes.append(
-            f"{dealt} slices are dealt at a time, fewer than the {len(manifolds)} manifolds: one each to manifolds "
-            "drawn at random"
+            f"{dealt} {'matrix is' if dealt == 1 else 'matrices are'} dealt at a time, fewer than the "
+            f"{len(manifolds)} manifolds: one each to manifolds drawn at random"
         )
-    member, group = scheme.deal(inputs, outputs, Bits(seed, path))
+    # A layer of a stack is drawn as the parameter that it would be in a list of the layers.
+    member, group = scheme.deal_layers(
+        layers, inputs, outputs, lambda index: Bits(seed, "/".join([path, *map(str, index)]))
+    )
     if isinstance(gamma, Trace) and path not in gamma.positions and any(m.radius is UNSTATED for m in manifolds):
         raise ValueError(f"the trace met no call of this parameter's layer; it met {_some(gamma.positions)}")
     positions = gamma.positions[path] if isinstance(gamma, Trace) and path in gamma.positions else None
     scales = _gamma(view, manifolds, member, "glorot" if isinstance(gamma, Trace) else gamma, positions)
     collection = Collection(
-        view, type(scheme).__name__, tuple(manifolds), member.astype(np.int16), group.astype(np.int32), scales
+        view, type(scheme).__name__, tuple(manifolds), member.astype(np.int16), group.astype(np.int32), scales, layers
     )
     return Entry(shape, collection, tuple(notes))
 
@@ -316,13 +342,19 @@ def _gamma(
     of_manifold = []
     for manifold in manifolds:
         radius = np.asarray(default if manifold.radius is UNSTATED else manifold.radius, np.float64)
-        if radius.ndim > 2 or np.broadcast_shapes(radius.shape, member.shape) != member.shape:
+        if not _broadcasts(radius.shape, member.shape):
             raise ValueError(f"a radius of shape {radius.shape} does not broadcast over the grid {member.shape}")
         if not (np.all(radius > 0) and np.all(np.isfinite(radius))):
             raise ValueError(f"{type(manifold).__name__}: the radius must be positive and finite, found {radius}")
         of_manifold.append(np.broadcast_to(radius, member.shape))
     scales = np.take_along_axis(np.stack(of_manifold), member[None], axis=0)[0]
     return float(scales.flat[0]) if np.all(scales == scales.flat[0]) else scales
+
+
+def _broadcasts(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+    return len(shape) <= len(grid) and all(
+        length in (1, over) for length, over in zip(shape[::-1], grid[::-1], strict=False)
+    )
 
 
 def _entry_difference(here: Entry, there: Entry) -> str | None:
@@ -335,6 +367,8 @@ def _entry_difference(here: Entry, there: Entry) -> str | None:
             if a is b
             else f"{'un' if a is None else ''}constrained here, {'un' if b is None else ''}constrained there"
         )
+    if a.layers != b.layers:
+        return f"layers {a.layers} here, {b.layers} there"
     first, second = a.describe(), b.describe()
     for field, value in first.items():
         if value != second[field]:
@@ -375,9 +409,10 @@ def _entry_from_json(document: dict[str, Any]) -> Entry:
     shape, found = tuple(document["shape"]), document["collection"]
     if found is None:
         return Entry(shape, None, tuple(document["notes"]))
+    layers = shape[: len(found.get("layers", ()))]
     # The sizes are all known here, so the shape only has to agree with them.
-    view = View.of(found["view"], shape, **found["sizes"])
-    grid = view.grid[:2]
+    view = View.of(found["view"], shape[len(layers) :], **found["sizes"])
+    grid = (*layers, *view.grid[:2])
     gamma = found["gamma"]
     collection = Collection(
         view,
@@ -386,6 +421,7 @@ def _entry_from_json(document: dict[str, Any]) -> Entry:
         _array_from_json(found["member"], "<i2", grid).astype(np.int16),
         _array_from_json(found["group"], "<i4", grid).astype(np.int32),
         _array_from_json(gamma, "<f8", grid) if isinstance(gamma, str) else float(gamma),
+        layers,
     )
     members, groups = collection.member, collection.group
     if members.min() < 0 or members.max() >= len(collection.manifolds) or groups.min() < 0:
@@ -437,7 +473,7 @@ def _table(plan: Plan) -> str:
                 path,
                 shape,
                 collection.view.pattern,
-                collection.scheme,
+                collection.scheme + (f" × {math.prod(collection.layers)} layers" if collection.layers else ""),
                 manifolds,
                 str(collection.num_groups),
                 shown,
