@@ -1,5 +1,6 @@
 """Floor 3, grouping: which matrix of which tensor lives where. Knows nothing of gradients."""
 
+from ._as_plan import Rules as Rules, as_plan as as_plan, as_rules as as_rules
 from ._automatic import automatic as automatic
 from ._buckets import (
     Batch as Batch,

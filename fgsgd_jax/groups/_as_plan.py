@@ -1,0 +1,70 @@
+"""Rules in the place of a plan: the plan is made from the parameters, once for each of their structures."""
+
+import collections
+from collections.abc import Iterable
+from typing import Any
+
+from ._paths import Pattern
+from ._plan import Plan, array_leaves, checked_rules, plan
+from ._schemes import Scheme
+
+Rules = Iterable[tuple[Pattern, Scheme | None]]
+
+# As many as a program has optimizers, models and parts of them; a plan holds a few bytes for each matrix.
+_MOST = 64
+_plans: collections.OrderedDict[tuple, Plan] = collections.OrderedDict()
+
+
+class _Same:
+    """A key that is equal to itself alone, and keeps its object: a rule is known by identity."""
+
+    def __init__(self, of: Any):
+        self.of = of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.of is other.of
+
+    def __hash__(self) -> int:
+        return id(self.of)
+
+
+def as_rules(rules: Plan | Rules) -> Plan | Rules:
+    """A plan as it is, rules as a checked tuple: what a factory keeps, so that an iterator is read only once."""
+    return rules if isinstance(rules, Plan) else tuple(checked_rules(rules))
+
+
+def as_plan(rules: Plan | Rules, params: Any) -> Plan:
+    """A plan as it is; of rules, the plan of these parameters, every other option being left out.
+
+    Plans of rules are kept, so that steps outside jit do not make them again: by the rules, as objects, and the paths,
+    shapes and dtypes of the parameters.
+
+    Args:
+      rules: a plan, or the rules of one.
+      params: the parameters, of which rules see shapes and dtypes alone, as they do under jit.
+
+    Raises:
+      ValueError: what `plan` raises for these rules and parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> from fgsgd_jax.groups import as_plan
+      >>> params, rules = {"kernel": jnp.ones((8, 4))}, [("kernel", fg.Whole(fg.Stiefel()))]
+      >>> as_plan(rules, params) is as_plan(rules, params)
+      True
+    """
+    if isinstance(rules, Plan):
+        return rules
+    rules = checked_rules(rules)
+    leaves = array_leaves(params)
+    key = (
+        tuple((pattern if isinstance(pattern, str) else _Same(pattern), _Same(scheme)) for pattern, scheme in rules),
+        tuple((path, tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()),
+    )
+    if key not in _plans:
+        _plans[key] = plan(params, rules)
+        if len(_plans) > _MOST:
+            _plans.popitem(last=False)
+    _plans.move_to_end(key)
+    return _plans[key]
