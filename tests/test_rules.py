@@ -6,6 +6,7 @@ import pytest
 
 import fgsgd_jax as fg
 from fgsgd_jax.groups import as_plan, as_rules
+from fgsgd_jax.groups._kept import Kept
 
 PARAMS = {"conv": {"kernel": jnp.zeros((3, 3, 4, 6)), "bias": jnp.zeros(6)}}
 RULES = [("kernel", fg.PIO([fg.Sphere(), fg.Stiefel()])), ("*", None)]
@@ -67,12 +68,15 @@ def test_rules_may_be_predicates_without_a_hash():
     assert as_plan([(lambda path, leaf: True, None)], PARAMS) != as_plan(rules, PARAMS)
 
 
-def test_plans_are_not_kept_forever():
-    from fgsgd_jax.groups import _as_plan
-
-    for width in range(1, 2 * _as_plan._MOST):
-        as_plan([("*", None)], {"w": jnp.zeros(width)})
-    assert len(_as_plan._plans) <= _as_plan._MOST
+def test_not_too_many_are_kept():
+    kept = Kept(2)
+    a, b = (kept.get(key, object) for key in "ab")
+    assert kept.get("a", object) is a
+    c = kept.get("c", object)
+    assert kept.get("b", object) is b
+    assert kept.get("c", object) is c
+    assert kept.get("a", object) is not a
+    assert kept.get([], lambda: 3) == 3  # without a hash nothing is kept
 
 
 @pytest.mark.parametrize("rules", [[("kernel",)], ["kernel"], [("kernel", fg.Sphere())], [(3, None)]], ids=str)

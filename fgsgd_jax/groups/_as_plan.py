@@ -1,9 +1,9 @@
 """Rules in the place of a plan: the plan is made from the parameters, once for each of their structures."""
 
-import collections
 from collections.abc import Iterable
 from typing import Any
 
+from ._kept import Kept
 from ._paths import Pattern
 from ._plan import Plan, array_leaves, checked_rules, plan
 from ._schemes import Scheme
@@ -11,8 +11,7 @@ from ._schemes import Scheme
 Rules = Iterable[tuple[Pattern, Scheme | None]]
 
 # As many as a program has optimizers, models and parts of them; a plan holds a few bytes for each matrix.
-_MOST = 64
-_plans: collections.OrderedDict[tuple, Plan] = collections.OrderedDict()
+_plans: Kept[Plan] = Kept(64)
 
 
 class _Same:
@@ -62,9 +61,4 @@ def as_plan(rules: Plan | Rules, params: Any) -> Plan:
         tuple((pattern if isinstance(pattern, str) else _Same(pattern), _Same(scheme)) for pattern, scheme in rules),
         tuple((path, tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()),
     )
-    if key not in _plans:
-        _plans[key] = plan(params, rules)
-        if len(_plans) > _MOST:
-            _plans.popitem(last=False)
-    _plans.move_to_end(key)
-    return _plans[key]
+    return _plans.get(key, lambda: plan(params, rules))
