@@ -13,9 +13,22 @@ from ..linalg import norm
 
 Class = TypeVar("Class", bound=type)
 
-# The radius of a manifold whose user gave none. It is recognised by identity (every other 1.0 is another object), so
-# that a plan can put γ in its place while `radius` stays a number, and one leaf, everywhere else.
-UNSTATED: Final = float("1")
+
+class _Unstated(float):
+    """The radius of a manifold whose user gave none: there is one of it, which copies and pickles lead back to.
+
+    A plan puts γ in its place. Everywhere else it is the number 1, and one leaf.
+    """
+
+    def __new__(cls) -> Self:
+        return super().__new__(cls, 1)
+
+    def __reduce__(self) -> str:
+        # The name of a global of this module.
+        return "UNSTATED"
+
+
+UNSTATED: Final = _Unstated()
 
 
 def pytree(cls: Class) -> Class:
