@@ -44,13 +44,14 @@ def from_paths(leaves: dict[str, Any], like: Any) -> Any:
 
 def unboxed(leaves: dict[str, Any], like: Any) -> Any:
     """`from_paths` without the boxes of `like`: a prefix of it, and of the tree that it is without them."""
+    paths = iter(_named(like)[0])
+    nodes, structure = jax.tree.flatten(like, is_leaf=_is_box)
 
-    def in_place(keys: tuple, node: Any) -> Any:
-        if not _is_box(node):
-            return leaves[path_of(keys)]
-        return jax.tree.map_with_path(lambda inner, part: in_place(keys + inner, part), _content(node), is_leaf=_is_box)
+    def filled(node: Any) -> Any:
+        own = jax.tree.structure(_content(node) if _is_box(node) else node)
+        return jax.tree.unflatten(own, [leaves[next(paths)] for _ in range(own.num_leaves)])
 
-    return jax.tree.map_with_path(in_place, like, is_leaf=_is_box)
+    return jax.tree.unflatten(structure, map(filled, nodes))
 
 
 def path_of(keys: tuple) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 import reprlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax.core import Tracer
 from ..manifolds import UNSTATED, Euclidean, Manifold
 from ._collection import Collection, describe_manifold
 from ._deal import Bits
-from ._paths import Pattern, by_path, from_paths, matches
+from ._paths import Pattern, by_path, matches, unboxed
 from ._schemes import Scheme
 from ._trace import Trace
 from ._views import View, default_view, doubt
@@ -65,14 +65,15 @@ class Plan:
         entries: dict[str, Entry],
         seed: int,
         order: tuple[str | None, ...] = (),
-        like: Any = None,
+        names: Any = None,
         sharded: frozenset[str] = frozenset(),
     ):
         self.entries = entries
         self.seed = seed
         self.order = order
         self.sharded = sharded
-        self._like = like
+        # The tree of the parameters with their paths for leaves.
+        self._names = names
 
     def __getitem__(self, path: str) -> Collection | None:
         """The collection of the parameter at `path`; None if it is unconstrained."""
@@ -115,23 +116,34 @@ class Plan:
     def mask(self, params: Any = None) -> Any:
         """A tree of booleans, true where weight decay belongs: at the leaves that no manifold constrains.
 
-        A plan that was read from JSON knows no tree: give it the parameters.
+        For NNX it is that of the arrays, without variables, which fits the trees of both `init` and `update` of an
+        `nnx.Optimizer`. Optax also takes the method itself, `mask=plan.mask`.
+
+        Args:
+          params: the parameters, or a part of them; needed of a plan that was read from JSON, which knows no tree.
         """
-        return from_paths({path: not self._constrained(path) for path in self}, self._tree(params))
+        return self._labelled(lambda path: not self._constrained(path), params)
 
     def labels(self, params: Any = None) -> Any:
-        """A tree of `"manifold"` and `"euclidean"`, for `optax.partition`; `params` as in `mask`."""
-        names = {path: "manifold" if self._constrained(path) else "euclidean" for path in self}
-        return from_paths(names, self._tree(params))
+        """A tree of `"manifold"` and `"euclidean"`, for `optax.partition`; `params` as in `mask`.
+
+        Optax calls labels that can be called, as the tree of an equinox module that has `__call__`. Of such parameters
+        `labels()` is the function that gives their labels, which Optax takes as well.
+        """
+        if params is None and callable(self._names):
+            return self.labels
+        return self._labelled(lambda path: "manifold" if self._constrained(path) else "euclidean", params)
+
+    def _labelled(self, label: Callable[[str], Any], params: Any) -> Any:
+        if params is not None:
+            return unboxed({path: label(path) for path in by_path(params)}, params)
+        if self._names is None:
+            raise ValueError("this plan was read from JSON and knows no tree: pass the parameters, as in mask(params)")
+        return jax.tree.map(label, self._names)
 
     def _constrained(self, path: str) -> bool:
-        collection = self.entries[path].collection
+        collection = self[path]
         return collection is not None and collection.constrained
-
-    def _tree(self, params: Any) -> Any:
-        if params is None and self._like is None:
-            raise ValueError("this plan was read from JSON and knows no tree: pass the parameters, as in mask(params)")
-        return self._like if params is None else params
 
     def __repr__(self) -> str:
         return f"Plan({len(self.collections)} of {len(self)} parameters constrained, seed={self.seed})"
@@ -218,11 +230,11 @@ def plan(
             entries[path] = _entry(path, leaf, scheme, seed, gamma, degenerate)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path} (shape {tuple(leaf.shape)}): {error}") from error
-    structure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    names = unboxed({path: path for path in leaves}, params)
     trace = gamma if isinstance(gamma, Trace) else trace
     constrained = [path for path, entry in entries.items() if entry.collection and entry.collection.constrained]
     sharded = frozenset(path for path in entries if _is_sharded(leaves[path]))
-    return Plan(entries, seed, trace.order(constrained) if trace else (), structure, sharded)
+    return Plan(entries, seed, trace.order(constrained) if trace else (), names, sharded)
 
 
 def _is_sharded(leaf: Any) -> bool:
