@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import inspect
 import json
 import math
 import reprlib
@@ -451,13 +452,18 @@ def _manifold_from_json(description: dict[str, Any]) -> Manifold:
         raise ValueError(
             f"the plan has the manifold {name!r}, which is none of {sorted(known)}: import its module first"
         )
-    return known[name](**fields)
+    return known[name](**{field: _hashable(value) for field, value in fields.items()})
+
+
+def _hashable(value: Any) -> Any:
+    # JSON has lists for tuples; the static fields of a manifold have a hash.
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def _concrete(cls: type) -> Iterator[type]:
     for subclass in cls.__subclasses__():
         yield from _concrete(subclass)
-        if dataclasses.is_dataclass(subclass):
+        if not inspect.isabstract(subclass):
             yield subclass
 
 

@@ -24,7 +24,7 @@ from ..linalg import (
     upright_layout_for,
     within_reach,
 )
-from ._manifold import Manifold, pytree
+from ._manifold import Manifold
 from ._sphere import spherical_log
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
@@ -34,7 +34,6 @@ _SHOOTING_STOPS = 8
 _MOST_SHOTS = 200
 
 
-@pytree
 @dataclasses.dataclass(frozen=True)
 class Stiefel(Manifold):
     """Matrices with orthonormal columns times `radius`: xᵀx = s²I for n ≥ p; for n < p the rows, xxᵀ = s²I.
