@@ -28,19 +28,19 @@ class _Same:
 
 
 def as_rules(rules: Plan | Rules) -> Plan | Rules:
-    """A plan as it is, rules as a checked tuple: what a factory keeps, so that an iterator is read only once."""
+    """Returns a plan as it is, and rules as a checked tuple: for a factory, which must read an iterator only once."""
     return rules if isinstance(rules, Plan) else tuple(checked_rules(rules))
 
 
 def as_plan(rules: Plan | Rules, params: Any) -> Plan:
-    """A plan as it is; of rules, the plan of these parameters, every other option being left out.
+    """Returns a plan as it is, and makes one of rules: `plan(params, rules)`.
 
-    Plans of rules are kept, so that steps outside jit do not make them again: by the rules, as objects, and the paths,
-    shapes and dtypes of the parameters.
+    Plans are kept by the rules, as objects, and by the paths, shapes and dtypes of the parameters, so that steps
+    outside jit do not make them again. A predicate must look at nothing else.
 
     Args:
       rules: a plan, or the rules of one.
-      params: the parameters, of which rules see shapes and dtypes alone, as they do under jit.
+      params: the parameters.
 
     Raises:
       ValueError: what `plan` raises for these rules and parameters.

@@ -28,8 +28,8 @@ _NAMES = {DictKey: "key", SequenceKey: "idx", GetAttrKey: "name", FlattenedIndex
 def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of `tree` by path, in its order.
 
-    A path is the keys of a leaf (of dicts, fields and positions), joined by "/". Boxes have no key of their own: an
-    NNX variable is in the tree in one call and not in the next, a partitioned weight of linen until it is unboxed.
+    A path is the keys of a leaf (of dicts, fields and positions), joined by "/". Flax's boxes (variables of NNX,
+    partitioned weights of linen) add none: they are in the tree in one call and not in the next.
 
     Raises:
       ValueError: two leaves have one path.
@@ -43,7 +43,7 @@ def from_paths(leaves: dict[str, Any], like: Any) -> Any:
 
 
 def unboxed(leaves: dict[str, Any], like: Any) -> Any:
-    """`from_paths` without the boxes of `like`: a prefix of it, and of the tree that it is without them."""
+    """`from_paths` without Flax's boxes: a prefix of `like`, and of the same tree when its boxes are gone."""
     paths = iter(_named(like)[0])
     nodes, structure = jax.tree.flatten(like, is_leaf=_is_box)
 
@@ -80,7 +80,7 @@ def _named(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[Seq
         nodes, structure = jax.tree.flatten(tree, is_leaf=_is_box)
         leaves = [_content(node) if _is_box(node) else node for node in nodes]
         if all_leaves(leaves):
-            # Of thousands of leaves, keys take longer than all the rest. They are those of the structure.
+            # Making thousands of keys takes longer than all the rest, and they depend on the structure alone.
             return _paths.get(structure, lambda: _distinct(_with_keys(tree))), leaves
     found = _with_keys(tree, is_leaf)
     return _distinct(found), [leaf for _, leaf in found]

@@ -117,8 +117,8 @@ class Plan:
     def mask(self, params: Any = None) -> Any:
         """A tree of booleans, true where weight decay belongs: at the leaves that no manifold constrains.
 
-        For NNX it is that of the arrays, without variables, which fits the trees of both `init` and `update` of an
-        `nnx.Optimizer`. Optax also takes the method itself, `mask=plan.mask`.
+        For NNX the tree has no variables, so that it fits what an `nnx.Optimizer` passes to `init` (variables) and to
+        `update` (arrays). Optax also takes the method itself, `mask=plan.mask`.
 
         Args:
           params: the parameters, or a part of them; needed of a plan that was read from JSON, which knows no tree.
@@ -128,8 +128,8 @@ class Plan:
     def labels(self, params: Any = None) -> Any:
         """A tree of `"manifold"` and `"euclidean"`, for `optax.partition`; `params` as in `mask`.
 
-        Optax calls labels that can be called, as the tree of an equinox module that has `__call__`. Of such parameters
-        `labels()` is the function that gives their labels, which Optax takes as well.
+        `optax.partition` calls labels that are callable. For parameters that are callable themselves (an equinox module
+        with `__call__`), `labels()` therefore returns a function of the parameters, which Optax takes as well.
         """
         if params is None and callable(self._names):
             return self.labels
@@ -189,7 +189,7 @@ def plan(
       params: the parameters (arrays or `jax.ShapeDtypeStruct`s), of linen, NNX or any pytree.
       rules: pairs of a pattern and a scheme (None: unconstrained); the first that matches decides. A pattern is a shell
         glob on any suffix of whole components of the "/"-joined path (`Conv_*/kernel` finds `Block_0/Conv_0/kernel`;
-        `*` crosses `/`) or a predicate `(path, leaf) -> bool`.
+        `*` crosses `/`; a name as it stands, such as `conv[0]`, finds itself) or a predicate `(path, leaf) -> bool`.
       seed: of the random positions (section 3 of the paper). Counts do not depend on it.
       gamma: the scale γ of eq. 2 where a manifold states no radius. `"glorot"`: (fan in + fan out)^-½ for grids of
         inputs × outputs, and 1 for views with one matrix per layer, head or neuron. A number: that, everywhere. A
@@ -203,8 +203,10 @@ def plan(
       The `Plan`: deterministic in the rules, the seed and the shapes.
 
     Raises:
-      ValueError: a pattern that matches nothing, a parameter that no rule matches, a manifold of dimension 0, a
-        parameter that is not real floating point, or a view that does not fit; the message names path and remedy.
+      ValueError: a pattern that matches nothing, a parameter that no rule matches, two parameters of one path, a
+        manifold of dimension 0, a constrained parameter that is not real floating point, or a view that does not fit or
+        could be meant otherwise; the message names path and remedy.
+      TypeError: a leaf that is no array, or something that is no rule.
 
     Example:
       >>> import jax.numpy as jnp

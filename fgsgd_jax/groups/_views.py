@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 
@@ -124,7 +125,7 @@ class View:
         left_side, right_side = match.groups()
         return View(f"{left_side} -> {right_side}", tuple((name, int(known[name])) for name in names))
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int, int, int, int]:
         """Inputs, outputs, rows, columns."""
         sizes = dict(self.sizes)

@@ -14,7 +14,7 @@ from ..linalg import norm
 
 
 class _Unstated(float):
-    """The radius of a manifold whose user gave none: there is one of it, which copies and pickles lead back to.
+    """The radius of a manifold for which none was given: a single object, also after copies and pickles.
 
     A plan puts γ in its place. Everywhere else it is the number 1, and one leaf.
     """
