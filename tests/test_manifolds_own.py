@@ -73,7 +73,7 @@ def test_plans_of_subclasses_go_outside_and_come_back():
 
 
 def test_a_manifold_that_json_does_not_know():
-    from fgsgd_jax.groups._plan import _manifold_from_json
+    from fgsgd_jax.groups._json import _manifold_from_json
 
     with pytest.raises(ValueError, match=r"'Spheer'.*'Sphere'.*import its module") as error:
         _manifold_from_json({"name": "Spheer"})

@@ -73,6 +73,15 @@ class Collection:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the plan says of one parameter: its shape and its collection (None: unconstrained)."""
+
+    shape: tuple[int, ...]
+    collection: Collection | None
+    notes: tuple[str, ...] = ()
+
+
 def describe_manifold(manifold: Manifold) -> dict[str, Any]:
     """Name and static fields of a manifold (not the radius: that is γ)."""
     fields = {field.name: getattr(manifold, field.name) for field in dataclasses.fields(manifold)}

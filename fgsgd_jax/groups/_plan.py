@@ -1,11 +1,7 @@
 """The plan: which matrix of which parameter lives on which manifold, in which group."""
 
-import base64
-import dataclasses
 import difflib
 import functools
-import hashlib
-import inspect
 import json
 import math
 import reprlib
@@ -19,23 +15,15 @@ import numpy as np
 from jax.core import Tracer
 
 from ..manifolds import UNSTATED, Euclidean, Manifold
-from ._collection import Collection, describe_manifold
+from ._collection import Collection, Entry, describe_manifold
 from ._deal import Bits
+from ._json import digest, entry_from_json, entry_to_json
 from ._paths import Pattern, by_path, matches, unboxed
 from ._schemes import Scheme
 from ._trace import Trace
 from ._views import View, default_view, doubt
 
 _FORMAT = "fgsgd_jax plan 1"
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """What the plan says of one parameter: its shape and its collection (None: unconstrained)."""
-
-    shape: tuple[int, ...]
-    collection: Collection | None
-    notes: tuple[str, ...] = ()
 
 
 class Plan:
@@ -154,9 +142,9 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as text: complete, and refused by `from_json` if a character of it changes."""
-        parameters = {path: _entry_to_json(entry) for path, entry in self.entries.items()}
+        parameters = {path: entry_to_json(entry) for path, entry in self.entries.items()}
         body = {"seed": self.seed, "order": list(self.order), "parameters": parameters}
-        return json.dumps({"format": _FORMAT, "sha256": _digest(body), **body})
+        return json.dumps({"format": _FORMAT, "sha256": digest(body), **body})
 
     @staticmethod
     def from_json(text: str) -> "Plan":
@@ -166,9 +154,9 @@ class Plan:
             if not isinstance(document, dict) or document.get("format") != _FORMAT:
                 raise ValueError(f"this is not a plan: its format is not {_FORMAT!r}")
             body = {"seed": document["seed"], "order": document["order"], "parameters": document["parameters"]}
-            if set(document) != {"format", "sha256", *body} or document["sha256"] != _digest(body):
+            if set(document) != {"format", "sha256", *body} or document["sha256"] != digest(body):
                 raise ValueError("the plan was damaged or changed after it was written: its checksum does not match")
-            entries = {path: _entry_from_json(entry) for path, entry in body["parameters"].items()}
+            entries = {path: entry_from_json(entry) for path, entry in body["parameters"].items()}
             return Plan(entries, body["seed"], tuple(body["order"]))
         except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, zlib.error) as error:
             raise ValueError(f"the plan cannot be read: {error!r}") from error
@@ -392,81 +380,6 @@ def _entry_difference(here: Entry, there: Entry) -> str | None:
         if not np.array_equal(getattr(a, field), getattr(b, field)):
             return f"{field} differs"
     return None
-
-
-def _digest(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _array_to_json(array: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(array, dtype).tobytes(), 9)).decode()
-
-
-def _array_from_json(text: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    # No more than the array needs, whatever the text would inflate to.
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.frombuffer(zlib.decompressobj().decompress(base64.b64decode(text), size + 1), dtype).reshape(shape)
-
-
-def _entry_to_json(entry: Entry) -> dict[str, Any]:
-    document: dict[str, Any] = {"shape": list(entry.shape), "notes": list(entry.notes), "collection": None}
-    if (collection := entry.collection) is not None:
-        document["collection"] = {
-            **collection.describe(),
-            "member": _array_to_json(collection.member, "<i2"),
-            "group": _array_to_json(collection.group, "<i4"),
-            "gamma": _array_to_json(gamma, "<f8") if isinstance(gamma := collection.gamma, np.ndarray) else gamma,
-        }
-    return document
-
-
-def _entry_from_json(document: dict[str, Any]) -> Entry:
-    shape, found = tuple(document["shape"]), document["collection"]
-    if found is None:
-        return Entry(shape, None, tuple(document["notes"]))
-    layers = shape[: len(found.get("layers", ()))]
-    # The sizes are all known here, so the shape only has to agree with them.
-    view = View.of(found["view"], shape[len(layers) :], **found["sizes"])
-    grid = (*layers, *view.grid[:2])
-    gamma = found["gamma"]
-    collection = Collection(
-        view,
-        found["scheme"],
-        tuple(_manifold_from_json(manifold) for manifold in found["manifolds"]),
-        _array_from_json(found["member"], "<i2", grid).astype(np.int16),
-        _array_from_json(found["group"], "<i4", grid).astype(np.int32),
-        _array_from_json(gamma, "<f8", grid) if isinstance(gamma, str) else float(gamma),
-        layers,
-    )
-    members, groups = collection.member, collection.group
-    if members.min() < 0 or members.max() >= len(collection.manifolds) or groups.min() < 0:
-        raise ValueError("the plan's members or groups are not of its manifolds")
-    if not (np.all(np.asarray(collection.gamma) > 0) and np.all(np.isfinite(collection.gamma))):
-        raise ValueError("the plan has a scale γ that is not positive and finite")
-    return Entry(shape, collection, tuple(document["notes"]))
-
-
-def _manifold_from_json(description: dict[str, Any]) -> Manifold:
-    fields = dict(description)
-    name = fields.pop("name")
-    known = {cls.__name__: cls for cls in _concrete(Manifold)}
-    if name not in known:
-        raise ValueError(
-            f"the plan has the manifold {name!r}, which is none of {sorted(known)}: import its module first"
-        )
-    return known[name](**{field: _hashable(value) for field, value in fields.items()})
-
-
-def _hashable(value: Any) -> Any:
-    # JSON has lists for tuples; the static fields of a manifold have a hash.
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
-
-
-def _concrete(cls: type) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
-        yield from _concrete(subclass)
-        if not inspect.isabstract(subclass):
-            yield subclass
 
 
 def _some(paths: Iterable[str], most: int = 8) -> str:
