@@ -84,7 +84,7 @@ def places(node, path=()):
 
 def test_a_plan_of_another_making_is_refused_or_whole(plan, record_property):
     """Also where the checksum is right: a document that anybody may have written."""
-    from fgsgd_jax.groups._plan import _digest
+    from fgsgd_jax.groups._json import digest
 
     document, read, tried = json.loads(plan.to_json()), 0, 0
     for path in places(document):
@@ -95,7 +95,7 @@ def test_a_plan_of_another_making_is_refused_or_whole(plan, record_property):
             for key in above:
                 node = node[key]
             node[last] = odd
-            changed["sha256"] = _digest({key: changed[key] for key in ("seed", "order", "parameters")})
+            changed["sha256"] = digest({key: changed[key] for key in ("seed", "order", "parameters")})
             tried += 1
             try:
                 found = fg.Plan.from_json(json.dumps(changed))
@@ -116,12 +116,12 @@ def test_a_plan_that_would_inflate_is_refused(plan):
     import base64
     import zlib
 
-    from fgsgd_jax.groups._plan import _digest
+    from fgsgd_jax.groups._json import digest
 
     document = json.loads(plan.to_json())
     bomb = base64.b64encode(zlib.compress(bytes(2**26), 1)).decode()
     document["parameters"]["conv/kernel"]["collection"]["member"] = bomb
-    document["sha256"] = _digest({key: document[key] for key in ("seed", "order", "parameters")})
+    document["sha256"] = digest({key: document[key] for key in ("seed", "order", "parameters")})
     text = json.dumps(document)
     tracemalloc.start()
     with pytest.raises(ValueError):

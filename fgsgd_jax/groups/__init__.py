@@ -1,6 +1,6 @@
 """Floor 3, grouping: which matrix of which tensor lives where. Knows nothing of gradients."""
 
-from ._as_plan import as_plan as as_plan
+from ._as_plan import Rules as Rules, as_plan as as_plan, as_rules as as_rules
 from ._automatic import automatic as automatic
 from ._buckets import (
     Bucket as Bucket,
@@ -13,7 +13,7 @@ from ._buckets import (
     widest as widest,
 )
 from ._collection import Collection as Collection
-from ._paths import Pattern as Pattern, by_path as by_path, from_paths as from_paths, path_of as path_of
+from ._paths import by_path as by_path, from_paths as from_paths
 from ._plan import Plan as Plan, plan as plan
 from ._schemes import (
     PI as PI,

@@ -1,20 +1,64 @@
-"""A plan, or the rules that make one."""
+"""Rules in the place of a plan: the plan is made from the parameters, once for each of their structures."""
 
+from collections.abc import Iterable
 from typing import Any
 
-import jax
+from ._kept import Kept
+from ._paths import Pattern
+from ._plan import Plan, array_leaves, checked_rules, plan
+from ._schemes import Scheme
 
-from ._plan import Plan, plan as plan_of
+Rules = Iterable[tuple[Pattern, Scheme | None]]
 
-_MADE: dict[tuple, tuple[Any, Plan]] = {}
+# As many as a program has optimizers, models and parts of them; a plan holds a few bytes for each matrix.
+_plans: Kept[Plan] = Kept(64)
 
 
-def as_plan(plan: Any, params: Any) -> Plan:
-    """A plan as it is; of rules the plan of these parameters, made once for parameters of one structure."""
-    if isinstance(plan, Plan):
-        return plan
-    leaves, structure = jax.tree.flatten(params)
-    key = (id(plan), structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    if key not in _MADE:
-        _MADE[key] = (plan, plan_of(params, plan))
-    return _MADE[key][1]
+class _Same:
+    """A key that is equal to itself alone, and keeps its object: a rule is known by identity."""
+
+    def __init__(self, of: Any):
+        self.of = of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.of is other.of
+
+    def __hash__(self) -> int:
+        return id(self.of)
+
+
+def as_rules(rules: Plan | Rules) -> Plan | Rules:
+    """Returns a plan as it is, and rules as a checked tuple: for a factory, which must read an iterator only once."""
+    return rules if isinstance(rules, Plan) else tuple(checked_rules(rules))
+
+
+def as_plan(rules: Plan | Rules, params: Any) -> Plan:
+    """Returns a plan as it is, and makes one of rules: `plan(params, rules)`.
+
+    Plans are kept by the rules, as objects, and by the paths, shapes and dtypes of the parameters, so that steps
+    outside jit do not make them again. A predicate must look at nothing else.
+
+    Args:
+      rules: a plan, or the rules of one.
+      params: the parameters.
+
+    Raises:
+      ValueError: what `plan` raises for these rules and parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fgsgd_jax as fg
+      >>> from fgsgd_jax.groups import as_plan
+      >>> params, rules = {"kernel": jnp.ones((8, 4))}, [("kernel", fg.Whole(fg.Stiefel()))]
+      >>> as_plan(rules, params) is as_plan(rules, params)
+      True
+    """
+    if isinstance(rules, Plan):
+        return rules
+    rules = checked_rules(rules)
+    leaves = array_leaves(params)
+    key = (
+        tuple((pattern if isinstance(pattern, str) else _Same(pattern), _Same(scheme)) for pattern, scheme in rules),
+        tuple((path, tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()),
+    )
+    return _plans.get(key, lambda: plan(params, rules))

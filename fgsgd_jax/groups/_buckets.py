@@ -40,6 +40,10 @@ class Bucket:
         """Of one parameter: layers, inputs, outputs."""
         return (*self.layers, *self.view.grid[:2])
 
+    def layer_names(self, path: str) -> list[str]:
+        """The names by which the layers of a parameter are drawn: its path, and the place in a stack."""
+        return ["/".join((path, *map(str, index))) for index in np.ndindex(*self.layers)]
+
     def flat(self, stacked: Shaped[Array, "paths *layers inputs outputs"]) -> Shaped[Array, "all inputs outputs"]:
         """Values of the matrices of all layers of all parameters."""
         return stacked.reshape(-1, *self.view.grid[:2])

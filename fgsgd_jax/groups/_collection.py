@@ -16,7 +16,9 @@ class Collection:
     """The partition of one parameter's grid of matrices into products of manifolds.
 
     `member` and `group` are integer arrays over the grid (inputs × outputs): the index in `manifolds` and the number
-    of the group of each matrix. `gamma` is γ of eq. 2: a number, or an array over the grid where it varies.
+    of the group of each matrix. `gamma` is γ of eq. 2: a number, or an array over the grid where it varies. Of a stack
+    of layers (`layers`, the lengths of the leading axes that stack them), `view` is that of one layer, the arrays are
+    [*layers, inputs, outputs], and the numbers of the groups run on from layer to layer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -32,8 +34,8 @@ class Collection:
     view: View
     scheme: str
     manifolds: tuple[Manifold, ...]
-    member: Int[np.ndarray, "inputs outputs"]
-    group: Int[np.ndarray, "inputs outputs"]
+    member: Int[np.ndarray, "*layers inputs outputs"]
+    group: Int[np.ndarray, "*layers inputs outputs"]
     gamma: float | np.ndarray
     layers: tuple[int, ...] = ()
 
@@ -48,7 +50,7 @@ class Collection:
         return tuple(dict.fromkeys(manifold.with_radius(1.0) for manifold in self.manifolds))
 
     @property
-    def kind(self) -> Int[np.ndarray, "inputs outputs"]:
+    def kind(self) -> Int[np.ndarray, "*layers inputs outputs"]:
         """The index in `kinds` of each matrix."""
         table = np.array([self.kinds.index(manifold.with_radius(1.0)) for manifold in self.manifolds], np.int8)
         return table[self.member]
@@ -63,10 +65,21 @@ class Collection:
         return {
             "view": self.view.pattern,
             "sizes": dict(self.view.sizes),
+            # A plan without stacks is written as it was before there were any.
+            **({"layers": list(self.layers)} if self.layers else {}),
             "scheme": self.scheme,
             "manifolds": [describe_manifold(manifold) for manifold in self.manifolds],
             "groups": self.num_groups,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the plan says of one parameter: its shape and its collection (None: unconstrained)."""
+
+    shape: tuple[int, ...]
+    collection: Collection | None
+    notes: tuple[str, ...] = ()
 
 
 def describe_manifold(manifold: Manifold) -> dict[str, Any]:

@@ -1,37 +1,132 @@
 """Names of parameters: one path per leaf, the same for linen and NNX."""
 
 import fnmatch
-from collections.abc import Callable
+import functools
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.tree_util import (
+    DictKey,
+    FlattenedIndexKey,
+    GetAttrKey,
+    SequenceKey,
+    all_leaves,
+    default_registry,
+    keystr,
+    tree_leaves_with_path,
+)
+
+from ._kept import Kept
 
 Pattern = str | Callable[[str, Any], bool]
 
-
-def path_of(key_path: tuple) -> str:
-    """The path of a leaf, its components joined by "/".
-
-    NNX wraps leaves in variables, whose paths end in `.value` in one call and do not in the next: it is left off.
-    """
-    if key_path and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value":
-        key_path = key_path[:-1]
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+_NAMES = {DictKey: "key", SequenceKey: "idx", GetAttrKey: "name", FlattenedIndexKey: "key"}
 
 
 def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of `tree` by path, in its order."""
-    return {path_of(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)}
+    """The leaves of `tree` by path, in its order.
+
+    A path is the keys of a leaf (of dicts, fields and positions), joined by "/". Flax's boxes (variables of NNX,
+    partitioned weights of linen) add none: they are in the tree in one call and not in the next.
+
+    Raises:
+      ValueError: two leaves have one path.
+    """
+    return dict(zip(*_named(tree, is_leaf), strict=True))
 
 
 def from_paths(leaves: dict[str, Any], like: Any) -> Any:
     """The tree of the structure of `like` with the given leaves, by path."""
-    return jax.tree_util.tree_map_with_path(lambda key_path, _: leaves[path_of(key_path)], like)
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in _named(like)[0]])
+
+
+def unboxed(leaves: dict[str, Any], like: Any) -> Any:
+    """`from_paths` without Flax's boxes: a prefix of `like`, and of the same tree when its boxes are gone."""
+    paths = iter(_named(like)[0])
+    nodes, structure = jax.tree.flatten(like, is_leaf=_is_box)
+
+    def filled(node: Any) -> Any:
+        own = jax.tree.structure(_content(node) if _is_box(node) else node)
+        return jax.tree.unflatten(own, [leaves[next(paths)] for _ in range(own.num_leaves)])
+
+    return jax.tree.unflatten(structure, map(filled, nodes))
+
+
+def path_of(keys: tuple) -> str:
+    """Keys of a leaf, joined by "/"."""
+    return "/".join([str(getattr(key, _NAMES[type(key)]) if type(key) in _NAMES else key) for key in keys])
 
 
 def matches(pattern: Pattern, path: str, leaf: Any) -> bool:
-    """Whether `pattern` finds the leaf: a shell glob on any suffix of whole components, or a predicate."""
+    """Whether `pattern` finds the leaf: a shell glob on any suffix of whole components, or a predicate.
+
+    A name matches itself, whatever it would mean as a glob.
+    """
     if not isinstance(pattern, str):
         return bool(pattern(path, leaf))
-    components = path.split("/")
-    return any(fnmatch.fnmatchcase("/".join(components[start:]), pattern) for start in range(len(components)))
+    return path == pattern or path.endswith(f"/{pattern}") or _glob(pattern).match(path) is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def _glob(pattern: str) -> re.Pattern:
+    return re.compile(f"(?s:.*/)?{fnmatch.translate(pattern)}")
+
+
+def _named(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[Sequence[str], list[Any]]:
+    """Paths and leaves of a tree, in its order."""
+    if is_leaf is None:
+        nodes, structure = jax.tree.flatten(tree, is_leaf=_is_box)
+        leaves = [_content(node) if _is_box(node) else node for node in nodes]
+        if all_leaves(leaves):
+            # Making thousands of keys takes longer than all the rest, and they depend on the structure alone.
+            return _paths.get(structure, lambda: _distinct(_with_keys(tree))), leaves
+    found = _with_keys(tree, is_leaf)
+    return _distinct(found), [leaf for _, leaf in found]
+
+
+_paths: Kept[Sequence[str]] = Kept(64)
+
+
+def _distinct(found: list[tuple[tuple, Any]]) -> Sequence[str]:
+    keys_of: dict[str, tuple] = {}
+    for keys, _ in found:
+        if (path := path_of(keys)) in keys_of:
+            raise ValueError(
+                f"two leaves have the path {path!r}: {keystr(keys_of[path])} and {keystr(keys)}; rename one of them"
+            )
+        keys_of[path] = keys
+    return tuple(keys_of)
+
+
+def _with_keys(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[tuple, Any]]:
+    """The leaves of a tree with their keys, without those of boxes."""
+    leaves = []
+    for keys, node in tree_leaves_with_path(
+        tree, _is_box if is_leaf is None else lambda node: _is_box(node) or is_leaf(node)
+    ):
+        if _is_box(node) and not (is_leaf is not None and is_leaf(node)):
+            leaves += [(keys + inner, leaf) for inner, leaf in _with_keys(_content(node), is_leaf)]
+        else:
+            leaves.append((keys, node))
+    return leaves
+
+
+def _content(box: Any) -> Any:
+    (content,), _ = default_registry.flatten_one_level(box)  # pyright: ignore[reportGeneralTypeIssues]
+    return content
+
+
+def _is_box(node: Any) -> bool:
+    return _is_class_of_boxes(type(node))
+
+
+@functools.cache
+def _is_class_of_boxes(cls: type) -> bool:
+    # By name: the core does without flax. A field `value` of any other class is a component like the others.
+    return any(
+        (base.__name__ == "Variable" and base.__module__.startswith("flax.nnx"))
+        or (base.__name__ == "AxisMetadata" and base.__module__ == "flax.core.meta")
+        for base in cls.__mro__
+    )

@@ -1,39 +1,28 @@
 """The plan: which matrix of which parameter lives on which manifold, in which group."""
 
-import base64
-import dataclasses
 import difflib
 import functools
-import hashlib
 import json
 import math
+import reprlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from ..manifolds import UNSTATED, Euclidean, Manifold
-from ._collection import Collection, describe_manifold
+from ._collection import Collection, Entry, describe_manifold
 from ._deal import Bits
-from ._paths import Pattern, by_path, from_paths, matches
+from ._json import digest, entry_from_json, entry_to_json
+from ._paths import Pattern, by_path, matches, unboxed
 from ._schemes import Scheme
 from ._trace import Trace
-from ._views import SLICES, View
+from ._views import View, default_view, doubt
 
 _FORMAT = "fgsgd_jax plan 1"
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """What the plan says of one parameter: its shape and its collection (None: unconstrained)."""
-
-    shape: tuple[int, ...]
-    collection: Collection | None
-    notes: tuple[str, ...] = ()
 
 
 class Plan:
@@ -41,8 +30,7 @@ class Plan:
 
     Its structure and counts are static; `member`, `group` and `gamma` are data that transformations put into their
     states. `order` lists the constrained parameters as the trace met them, with None at normalization layers. Two
-    plans are equal if everything in them is, the seed included. `sharded` are the paths of the parameters that were
-    shared out over devices when the plan was made: a hint for the arithmetic, not part of the plan's content.
+    plans are equal if everything in them is, the seed included.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,14 +52,13 @@ class Plan:
         entries: dict[str, Entry],
         seed: int,
         order: tuple[str | None, ...] = (),
-        like: Any = None,
-        sharded: frozenset[str] = frozenset(),
+        names: Any = None,
     ):
         self.entries = entries
         self.seed = seed
         self.order = order
-        self.sharded = sharded
-        self._like = like
+        # The tree of the parameters with their paths for leaves.
+        self._names = names
 
     def __getitem__(self, path: str) -> Collection | None:
         """The collection of the parameter at `path`; None if it is unconstrained."""
@@ -114,23 +101,34 @@ class Plan:
     def mask(self, params: Any = None) -> Any:
         """A tree of booleans, true where weight decay belongs: at the leaves that no manifold constrains.
 
-        A plan that was read from JSON knows no tree: give it the parameters.
+        For NNX the tree has no variables, so that it fits what an `nnx.Optimizer` passes to `init` (variables) and to
+        `update` (arrays). Optax also takes the method itself, `mask=plan.mask`.
+
+        Args:
+          params: the parameters, or a part of them; needed of a plan that was read from JSON, which knows no tree.
         """
-        return from_paths({path: not self._constrained(path) for path in self}, self._tree(params))
+        return self._labelled(lambda path: not self._constrained(path), params)
 
     def labels(self, params: Any = None) -> Any:
-        """A tree of `"manifold"` and `"euclidean"`, for `optax.partition`; `params` as in `mask`."""
-        names = {path: "manifold" if self._constrained(path) else "euclidean" for path in self}
-        return from_paths(names, self._tree(params))
+        """A tree of `"manifold"` and `"euclidean"`, for `optax.partition`; `params` as in `mask`.
+
+        `optax.partition` calls labels that are callable. For parameters that are callable themselves (an equinox module
+        with `__call__`), `labels()` therefore returns a function of the parameters, which Optax takes as well.
+        """
+        if params is None and callable(self._names):
+            return self.labels
+        return self._labelled(lambda path: "manifold" if self._constrained(path) else "euclidean", params)
+
+    def _labelled(self, label: Callable[[str], Any], params: Any) -> Any:
+        if params is not None:
+            return unboxed({path: label(path) for path in by_path(params)}, params)
+        if self._names is None:
+            raise ValueError("this plan was read from JSON and knows no tree: pass the parameters, as in mask(params)")
+        return jax.tree.map(label, self._names)
 
     def _constrained(self, path: str) -> bool:
-        collection = self.entries[path].collection
+        collection = self[path]
         return collection is not None and collection.constrained
-
-    def _tree(self, params: Any) -> Any:
-        if params is None and self._like is None:
-            raise ValueError("this plan was read from JSON and knows no tree: pass the parameters, as in mask(params)")
-        return self._like if params is None else params
 
     def __repr__(self) -> str:
         return f"Plan({len(self.collections)} of {len(self)} parameters constrained, seed={self.seed})"
@@ -140,9 +138,9 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as text: complete, and refused by `from_json` if a character of it changes."""
-        parameters = {path: _entry_to_json(entry) for path, entry in self.entries.items()}
+        parameters = {path: entry_to_json(entry) for path, entry in self.entries.items()}
         body = {"seed": self.seed, "order": list(self.order), "parameters": parameters}
-        return json.dumps({"format": _FORMAT, "sha256": _digest(body), **body})
+        return json.dumps({"format": _FORMAT, "sha256": digest(body), **body})
 
     @staticmethod
     def from_json(text: str) -> "Plan":
@@ -152,9 +150,9 @@ class Plan:
             if not isinstance(document, dict) or document.get("format") != _FORMAT:
                 raise ValueError(f"this is not a plan: its format is not {_FORMAT!r}")
             body = {"seed": document["seed"], "order": document["order"], "parameters": document["parameters"]}
-            if set(document) != {"format", "sha256", *body} or document["sha256"] != _digest(body):
+            if set(document) != {"format", "sha256", *body} or document["sha256"] != digest(body):
                 raise ValueError("the plan was damaged or changed after it was written: its checksum does not match")
-            entries = {path: _entry_from_json(entry) for path, entry in body["parameters"].items()}
+            entries = {path: entry_from_json(entry) for path, entry in body["parameters"].items()}
             return Plan(entries, body["seed"], tuple(body["order"]))
         except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, zlib.error) as error:
             raise ValueError(f"the plan cannot be read: {error!r}") from error
@@ -175,7 +173,7 @@ def plan(
       params: the parameters (arrays or `jax.ShapeDtypeStruct`s), of linen, NNX or any pytree.
       rules: pairs of a pattern and a scheme (None: unconstrained); the first that matches decides. A pattern is a shell
         glob on any suffix of whole components of the "/"-joined path (`Conv_*/kernel` finds `Block_0/Conv_0/kernel`;
-        `*` crosses `/`) or a predicate `(path, leaf) -> bool`.
+        `*` crosses `/`; a name as it stands, such as `conv[0]`, finds itself) or a predicate `(path, leaf) -> bool`.
       seed: of the random positions (section 3 of the paper). Counts do not depend on it.
       gamma: the scale γ of eq. 2 where a manifold states no radius. `"glorot"`: (fan in + fan out)^-½ for grids of
         inputs × outputs, and 1 for views with one matrix per layer, head or neuron. A number: that, everywhere. A
@@ -189,8 +187,10 @@ def plan(
       The `Plan`: deterministic in the rules, the seed and the shapes.
 
     Raises:
-      ValueError: a pattern that matches nothing, a parameter that no rule matches, a manifold of dimension 0, a
-        parameter that is not real floating point, or a view that does not fit; the message names path and remedy.
+      ValueError: a pattern that matches nothing, a parameter that no rule matches, two parameters of one path, a
+        manifold of dimension 0, a constrained parameter that is not real floating point, or a view that does not fit or
+        could be meant otherwise; the message names path and remedy.
+      TypeError: a leaf that is no array, or something that is no rule.
 
     Example:
       >>> import jax.numpy as jnp
@@ -200,10 +200,10 @@ def plan(
       >>> fg.plan(params, rules)["Conv_0/kernel"].num_groups
       10
     """
-    rules = _checked_rules(rules)
+    rules = checked_rules(rules)
     if degenerate not in ("error", "euclidean"):
         raise ValueError(f"degenerate={degenerate!r}: write 'error' or 'euclidean'")
-    leaves = by_path(params)
+    leaves = array_leaves(params)
     for pattern, _ in rules:
         if not any(matches(pattern, path, leaf) for path, leaf in leaves.items()):
             raise ValueError(
@@ -217,19 +217,34 @@ def plan(
             entries[path] = _entry(path, leaf, scheme, seed, gamma, degenerate)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path} (shape {tuple(leaf.shape)}): {error}") from error
-    structure = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    names = unboxed({path: path for path in leaves}, params)
     trace = gamma if isinstance(gamma, Trace) else trace
     constrained = [path for path, entry in entries.items() if entry.collection and entry.collection.constrained]
-    sharded = frozenset(path for path in entries if _is_sharded(leaves[path]))
-    return Plan(entries, seed, trace.order(constrained) if trace else (), structure, sharded)
+    return Plan(entries, seed, trace.order(constrained) if trace else (), names)
 
 
-def _is_sharded(leaf: Any) -> bool:
-    sharding = jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
-    return sharding is not None and not sharding.is_fully_replicated
+def array_leaves(params: Any) -> dict[str, Any]:
+    """The leaves by path, if they are arrays or say the shape and dtype of one."""
+    leaves = by_path(params)
+    for path, leaf in leaves.items():
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            remedy = (
+                "jnp.asarray of it"
+                if isinstance(leaf, (bool, int, float, complex))
+                else (
+                    "the parameters alone: nnx.state(model, nnx.Param) of an NNX model, eqx.filter(model, "
+                    'eqx.is_inexact_array) of an equinox model, variables["params"] of a linen one'
+                )
+            )
+            raise TypeError(
+                f"{path}: a parameter is an array, this is {reprlib.repr(leaf)} (a {type(leaf).__name__}); give "
+                f"{remedy}"
+            )
+    return leaves
 
 
-def _checked_rules(rules) -> list[tuple[Pattern, Scheme | None]]:
+def checked_rules(rules) -> list[tuple[Pattern, Scheme | None]]:
+    """The rules as a list, if they are pairs of a pattern and a scheme."""
     rules = list(rules)
     for rule in rules:
         if not (isinstance(rule, tuple) and len(rule) == 2 and (isinstance(rule[0], str) or callable(rule[0]))):
@@ -262,38 +277,42 @@ def _entry(
             "complex weights are not supported" if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else "not weights"
         )
         raise ValueError(f"{remedy}: it is {leaf.dtype}; give it the scheme None")
-    if scheme.view is None and len(shape) != 4:
-        raise ValueError(
-            f"{scheme} takes the spatial slices of four-dimensional kernels; for this tensor give a view, as in "
-            f'view="i o -> 1 1 i o" for the matrix of a Dense layer, or the scheme None'
-        )
-    view = View.of(SLICES if scheme.view is None else scheme.view, shape, **scheme.sizes)
-    inputs, outputs, *matrix = view.grid
-    if 0 in view.grid:
+    if scheme.layers and scheme.layers >= len(shape):
+        raise ValueError(f"layers={scheme.layers} stacks all axes of this tensor; the axes of a layer follow them")
+    layers, shape_of_layer = shape[: scheme.layers], shape[scheme.layers :]
+    if 0 in shape:
         raise ValueError("it is empty; give it the scheme None")
+    name = default_view(shape_of_layer) if scheme.view is None else scheme.view
+    view = View.of(name, shape_of_layer, **scheme.sizes)
+    inputs, outputs, *matrix = view.grid
     manifolds, notes = list(scheme.manifolds), []
+    if not layers and (found := doubt(name, shape)):
+        notes.append(found)
     for index, manifold in enumerate(manifolds):
         if manifold.dim(tuple(matrix)) == 0:
-            name = f"{type(manifold).__name__} of {matrix[0]}×{matrix[1]} matrices"
+            matrices = f"{type(manifold).__name__} of {matrix[0]}×{matrix[1]} matrices"
             if degenerate == "error":
                 raise ValueError(
-                    f'{name} has dimension 0 and cannot train; write degenerate="euclidean" to leave them '
+                    f'{matrices} has dimension 0 and cannot train; write degenerate="euclidean" to leave them '
                     "unconstrained, or another view of the tensor"
                 )
             manifolds[index] = Euclidean()
-            notes.append(f"{name} has dimension 0: Euclidean")
+            notes.append(f"{matrices} has dimension 0: Euclidean")
     if len(manifolds) > (dealt := scheme.dealt_at_once(inputs, outputs)):
         notes.append(
-            f"{dealt} slices are dealt at a time, fewer than the {len(manifolds)} manifolds: one each to manifolds "
-            "drawn at random"
+            f"{dealt} {'matrix is' if dealt == 1 else 'matrices are'} dealt at a time, fewer than the "
+            f"{len(manifolds)} manifolds: one each to manifolds drawn at random"
         )
-    member, group = scheme.deal(inputs, outputs, Bits(seed, path))
+    # A layer of a stack is drawn as the parameter that it would be in a list of the layers.
+    member, group = scheme.deal_layers(
+        layers, inputs, outputs, lambda index: Bits(seed, "/".join([path, *map(str, index)]))
+    )
     if isinstance(gamma, Trace) and path not in gamma.positions and any(m.radius is UNSTATED for m in manifolds):
         raise ValueError(f"the trace met no call of this parameter's layer; it met {_some(gamma.positions)}")
     positions = gamma.positions[path] if isinstance(gamma, Trace) and path in gamma.positions else None
     scales = _gamma(view, manifolds, member, "glorot" if isinstance(gamma, Trace) else gamma, positions)
     collection = Collection(
-        view, type(scheme).__name__, tuple(manifolds), member.astype(np.int16), group.astype(np.int32), scales
+        view, type(scheme).__name__, tuple(manifolds), member.astype(np.int16), group.astype(np.int32), scales, layers
     )
     return Entry(shape, collection, tuple(notes))
 
@@ -316,13 +335,19 @@ def _gamma(
     of_manifold = []
     for manifold in manifolds:
         radius = np.asarray(default if manifold.radius is UNSTATED else manifold.radius, np.float64)
-        if radius.ndim > 2 or np.broadcast_shapes(radius.shape, member.shape) != member.shape:
+        if not _broadcasts(radius.shape, member.shape):
             raise ValueError(f"a radius of shape {radius.shape} does not broadcast over the grid {member.shape}")
         if not (np.all(radius > 0) and np.all(np.isfinite(radius))):
             raise ValueError(f"{type(manifold).__name__}: the radius must be positive and finite, found {radius}")
         of_manifold.append(np.broadcast_to(radius, member.shape))
     scales = np.take_along_axis(np.stack(of_manifold), member[None], axis=0)[0]
     return float(scales.flat[0]) if np.all(scales == scales.flat[0]) else scales
+
+
+def _broadcasts(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+    return len(shape) <= len(grid) and all(
+        length in (1, over) for length, over in zip(shape[::-1], grid[::-1], strict=False)
+    )
 
 
 def _entry_difference(here: Entry, there: Entry) -> str | None:
@@ -335,6 +360,8 @@ def _entry_difference(here: Entry, there: Entry) -> str | None:
             if a is b
             else f"{'un' if a is None else ''}constrained here, {'un' if b is None else ''}constrained there"
         )
+    if a.layers != b.layers:
+        return f"layers {a.layers} here, {b.layers} there"
     first, second = a.describe(), b.describe()
     for field, value in first.items():
         if value != second[field]:
@@ -343,74 +370,6 @@ def _entry_difference(here: Entry, there: Entry) -> str | None:
         if not np.array_equal(getattr(a, field), getattr(b, field)):
             return f"{field} differs"
     return None
-
-
-def _digest(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _array_to_json(array: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(array, dtype).tobytes(), 9)).decode()
-
-
-def _array_from_json(text: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    # No more than the array needs, whatever the text would inflate to.
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.frombuffer(zlib.decompressobj().decompress(base64.b64decode(text), size + 1), dtype).reshape(shape)
-
-
-def _entry_to_json(entry: Entry) -> dict[str, Any]:
-    document: dict[str, Any] = {"shape": list(entry.shape), "notes": list(entry.notes), "collection": None}
-    if (collection := entry.collection) is not None:
-        document["collection"] = {
-            **collection.describe(),
-            "member": _array_to_json(collection.member, "<i2"),
-            "group": _array_to_json(collection.group, "<i4"),
-            "gamma": _array_to_json(gamma, "<f8") if isinstance(gamma := collection.gamma, np.ndarray) else gamma,
-        }
-    return document
-
-
-def _entry_from_json(document: dict[str, Any]) -> Entry:
-    shape, found = tuple(document["shape"]), document["collection"]
-    if found is None:
-        return Entry(shape, None, tuple(document["notes"]))
-    # The sizes are all known here, so the shape only has to agree with them.
-    view = View.of(found["view"], shape, **found["sizes"])
-    grid = view.grid[:2]
-    gamma = found["gamma"]
-    collection = Collection(
-        view,
-        found["scheme"],
-        tuple(_manifold_from_json(manifold) for manifold in found["manifolds"]),
-        _array_from_json(found["member"], "<i2", grid).astype(np.int16),
-        _array_from_json(found["group"], "<i4", grid).astype(np.int32),
-        _array_from_json(gamma, "<f8", grid) if isinstance(gamma, str) else float(gamma),
-    )
-    members, groups = collection.member, collection.group
-    if members.min() < 0 or members.max() >= len(collection.manifolds) or groups.min() < 0:
-        raise ValueError("the plan's members or groups are not of its manifolds")
-    if not (np.all(np.asarray(collection.gamma) > 0) and np.all(np.isfinite(collection.gamma))):
-        raise ValueError("the plan has a scale γ that is not positive and finite")
-    return Entry(shape, collection, tuple(document["notes"]))
-
-
-def _manifold_from_json(description: dict[str, Any]) -> Manifold:
-    fields = dict(description)
-    name = fields.pop("name")
-    known = {cls.__name__: cls for cls in _concrete(Manifold)}
-    if name not in known:
-        raise ValueError(
-            f"the plan has the manifold {name!r}, which is none of {sorted(known)}: import its module first"
-        )
-    return known[name](**fields)
-
-
-def _concrete(cls: type) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
-        yield from _concrete(subclass)
-        if dataclasses.is_dataclass(subclass):
-            yield subclass
 
 
 def _some(paths: Iterable[str], most: int = 8) -> str:
@@ -437,7 +396,7 @@ def _table(plan: Plan) -> str:
                 path,
                 shape,
                 collection.view.pattern,
-                collection.scheme,
+                collection.scheme + (f" × {math.prod(collection.layers)} layers" if collection.layers else ""),
                 manifolds,
                 str(collection.num_groups),
                 shown,

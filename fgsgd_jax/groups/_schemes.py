@@ -1,7 +1,7 @@
 """Schemes: how the manifolds are dealt over a layer's grid of matrices (section 3 of the paper)."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,23 +10,29 @@ from jaxtyping import Int
 from ..manifolds import Manifold
 from ._deal import Bits, members, numbered
 
-Dealt = tuple[Int[np.ndarray, "inputs outputs"], Int[np.ndarray, "inputs outputs"]]
+Dealt = tuple[Int[np.ndarray, "*layers inputs outputs"], Int[np.ndarray, "*layers inputs outputs"]]
 
 
 class Scheme(abc.ABC):
     """A rule that gives every matrix of a grid its manifold (`member`) and its group (`group`).
 
-    `view` is an einops pattern to `inputs outputs rows cols`; open axis sizes follow by name, as in
-    `Each(Stiefel(), view="(i a) (o b) -> i o a b", a=4, b=4)`. Without a view, four-dimensional kernels are
-    cut into their spatial slices; other tensors need one.
+    `view` is the name of a view (see `View`) or an einops pattern to `inputs outputs rows cols`, whose open axis sizes
+    follow by name, as in `Each(Stiefel(), view="(i a) (o b) -> i o a b", a=4, b=4)`. Without a view,
+    four-dimensional kernels (HWIO) are cut into their spatial slices and two-dimensional ones are one matrix; other
+    tensors need one.
+
+    `layers=k` says that the first k axes stack layers, as `nnx.scan`, `nn.scan` and `vmap` make them. The view is that
+    of one layer, and every layer is dealt for itself, as it would be in a list of the layers at the path of the stack:
+    layer 2 of `"blocks/kernel"` as `"blocks/kernel/2"`.
 
     Args:
       manifolds: those that are dealt, one or more.
-      view: the einops pattern, or None for the slices of a kernel (HWIO).
+      view: a name or an einops pattern; None for `"slices"` of a kernel, `"matrix"` of a tensor of two axes.
+      layers: how many leading axes of the tensor stack layers.
       **sizes: of axes that the pattern leaves open.
 
     Raises:
-      ValueError: no manifold.
+      ValueError: no manifold, or `layers` that are not a number of axes.
       TypeError: something that is not a manifold of one matrix.
 
     Example:
@@ -42,10 +48,15 @@ class Scheme(abc.ABC):
       [[0, 1, 0], [1, 0, 1]]
     """
 
-    def __init__(self, manifolds: Sequence[Manifold], view: str | None = None, **sizes: int):
+    def __init__(self, manifolds: Sequence[Manifold], view: str | None = None, *, layers: int = 0, **sizes: int):
         self.manifolds = tuple(manifolds)
         self.view = view
+        self.layers = layers
         self.sizes = sizes
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
+            raise ValueError(
+                f"layers={layers!r}: write how many leading axes of the tensor stack layers, as in layers=1"
+            )
         if not self.manifolds:
             raise ValueError(f"{type(self).__name__}([]): give at least one manifold")
         for manifold in self.manifolds:
@@ -58,6 +69,7 @@ class Scheme(abc.ABC):
     def __repr__(self) -> str:
         arguments = [", ".join(type(m).__name__ for m in self.manifolds)]
         arguments += [f"view={self.view!r}"] if self.view else []
+        arguments += [f"layers={self.layers}"] if self.layers else []
         arguments += [f"{name}={size}" for name, size in self.sizes.items()]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
@@ -75,14 +87,30 @@ class Scheme(abc.ABC):
           0 without gaps. The members of a group share one manifold.
         """
 
+    def deal_layers(
+        self, layers: tuple[int, ...], inputs: int, outputs: int, bits: Callable[[tuple[int, ...]], Bits]
+    ) -> Dealt:
+        """`deal` for every layer of a stack; the numbers of the groups run on from layer to layer.
+
+        Args:
+          layers: lengths of the axes that stack layers; () for a single layer.
+          inputs: rows of a layer's grid.
+          outputs: columns of a layer's grid.
+          bits: the source of randomness of the layer at an index.
+
+        Returns:
+          Two integer arrays [*layers, inputs, outputs].
+        """
+        return _stacked([self.deal(inputs, outputs, bits(index)) for index in np.ndindex(layers)], layers)
+
     def dealt_at_once(self, inputs: int, outputs: int) -> int:
         """How many matrices (or half-columns) are dealt over the manifolds in one go."""
         return inputs * outputs
 
 
 class _Single(Scheme):
-    def __init__(self, manifold: Manifold, view: str | None = None, **sizes: int):
-        super().__init__([manifold], view, **sizes)
+    def __init__(self, manifold: Manifold, view: str | None = None, *, layers: int = 0, **sizes: int):
+        super().__init__([manifold], view, layers=layers, **sizes)
 
 
 class Whole(_Single):
@@ -91,14 +119,15 @@ class Whole(_Single):
     Args:
       manifold: of every matrix of the layer.
       view: see `Scheme`.
+      layers: see `Scheme`.
       **sizes: see `Scheme`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import fgsgd_jax as fg
-      >>> orthogonal = fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o")
-      >>> fg.plan({"dense": jnp.ones((8, 4))}, [("dense", orthogonal)])["dense"].view.grid
-      (1, 1, 8, 4)
+      >>> orthogonal = fg.Whole(fg.Stiefel())
+      >>> fg.plan({"dense": jnp.ones((8, 4))}, [("dense", orthogonal)])["dense"].view.pattern
+      'i o -> 1 1 i o'
     """
 
     def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
@@ -113,6 +142,7 @@ class Each(_Single):
     Args:
       manifold: of every matrix of the layer.
       view: see `Scheme`.
+      layers: see `Scheme`.
       **sizes: see `Scheme`.
 
     Example:
@@ -138,6 +168,7 @@ class PI(Scheme):
     Args:
       manifolds: the m manifolds.
       view: see `Scheme`.
+      layers: see `Scheme`.
       **sizes: see `Scheme`.
 
     References:
@@ -169,6 +200,7 @@ class PO(Scheme):
     Args:
       manifolds: the m manifolds.
       view: see `Scheme`.
+      layers: see `Scheme`.
       **sizes: see `Scheme`.
 
     References:
@@ -203,6 +235,7 @@ class PIO(Scheme):
     Args:
       manifolds: the m manifolds.
       view: see `Scheme`.
+      layers: see `Scheme`.
       **sizes: see `Scheme`.
 
     References:
@@ -242,13 +275,15 @@ class Custom(Scheme):
     """Member and group arrays of your own, both inputs × outputs.
 
     `member[c, d]` is the index of the manifold of matrix (c, d), `group[c, d]` the number of its group; the
-    members of a group share one manifold.
+    members of a group share one manifold. For a stack, arrays of one layer hold for every layer; arrays
+    [*layers, inputs, outputs] have a grid for each, whose groups are counted for themselves.
 
     Args:
       manifolds: those that `member` counts from 0.
       member: integers, inputs × outputs.
       group: integers, inputs × outputs; gaps in the numbers are closed.
       view: see `Scheme`.
+      layers: see `Scheme`.
       **sizes: see `Scheme`.
 
     Raises:
@@ -269,35 +304,55 @@ class Custom(Scheme):
         member: Any,
         group: Any,
         view: str | None = None,
+        *,
+        layers: int = 0,
         **sizes: int,
     ):
-        super().__init__(manifolds, view, **sizes)
+        super().__init__(manifolds, view, layers=layers, **sizes)
         self.member, self.group = np.asarray(member), np.asarray(group)
 
     def deal(self, inputs: int, outputs: int, bits: Bits) -> Dealt:
         """The given arrays, checked."""
+        return self.deal_layers((), inputs, outputs, lambda index: bits)
+
+    def deal_layers(self, layers, inputs, outputs, bits) -> Dealt:
+        """The given arrays of every layer, checked."""
         del bits
+        grid = (*layers, inputs, outputs)
         for name, array in (("member", self.member), ("group", self.group)):
-            if array.shape != (inputs, outputs) or array.dtype.kind not in "iu":
+            if array.shape not in (grid, grid[-2:]) or array.dtype.kind not in "iu":
                 raise ValueError(
                     f"Custom: {name} is {array.dtype} of shape {array.shape}, the grid takes integers of shape "
-                    f"{(inputs, outputs)} (inputs, outputs)"
+                    + (f"{grid} (layers, inputs, outputs) or " if layers else "")
+                    + f"{(inputs, outputs)} (inputs, outputs)"
                 )
-        if self.member.min() < 0 or self.member.max() >= len(self.manifolds):
+        by_layer = (np.broadcast_to(array, grid).reshape(-1, *grid[-2:]) for array in (self.member, self.group))
+        return _stacked([self._checked(*dealt) for dealt in zip(*by_layer, strict=True)], layers)
+
+    def _checked(self, member: np.ndarray, group: np.ndarray) -> Dealt:
+        if member.min() < 0 or member.max() >= len(self.manifolds):
             raise ValueError(
-                f"Custom: member has values from {self.member.min()} to {self.member.max()}; the indices of the "
+                f"Custom: member has values from {member.min()} to {member.max()}; the indices of the "
                 f"manifolds are 0 … {len(self.manifolds) - 1}"
             )
-        if self.group.min() < 0:
-            raise ValueError(f"Custom: group has the number {self.group.min()}; number the groups from 0")
-        group = numbered(self.group)
-        of_group = np.zeros(group.max() + 1, int)
-        of_group[group] = self.member
-        if (mixed := of_group[group] != self.member).any():
+        if group.min() < 0:
+            raise ValueError(f"Custom: group has the number {group.min()}; number the groups from 0")
+        numbers = numbered(group)
+        of_group = np.zeros(numbers.max() + 1, int)
+        of_group[numbers] = member
+        if (mixed := of_group[numbers] != member).any():
             raise ValueError(
-                f"Custom: group {self.group[mixed][0]} has members on two manifolds; a POM lies on one: split the group"
+                f"Custom: group {group[mixed][0]} has members on two manifolds; a POM lies on one: split the group"
             )
-        return self.member.astype(int), group
+        return member.astype(int), numbers
+
+
+def _stacked(dealt: list[tuple[np.ndarray, np.ndarray]], layers: tuple[int, ...]) -> Dealt:
+    """What was dealt for every layer of a stack, with the numbers of the groups running on."""
+    members, groups = (np.stack([np.asarray(array) for array in arrays]) for arrays in zip(*dealt, strict=True))
+    counts = groups.max(axis=(1, 2)) + 1
+    groups = groups + (np.cumsum(counts) - counts)[:, None, None]
+    return members.reshape(*layers, *members.shape[1:]), groups.reshape(*layers, *groups.shape[1:])
 
 
 def _dealt_by_row(bits: Bits, rows: int, cols: int, parts: int, first: int = 0) -> Dealt:

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -13,18 +13,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..linalg import largest, squared_norm
 from ..manifolds import Euclidean, Mixture
-from ._as_plan import as_plan
+from ._as_plan import Rules, as_plan
 from ._automatic import automatic
 from ._buckets import Bucket, buckets, gammas, kinds_of
-from ._paths import Pattern, by_path, from_paths
+from ._paths import by_path, from_paths
 from ._plan import Plan
-from ._schemes import Scheme
 
 Radii = dict[str, Float[Array, "*layers inputs outputs"]]
-PlanOrRules = Plan | Iterable[tuple[Pattern, Scheme | None]]
 
 
-def initialize(key: PRNGKeyArray, params: Any, plan: PlanOrRules) -> Any:
+def initialize(key: PRNGKeyArray, params: Any, plan: Plan | Rules) -> Any:
     """Draws every constrained weight uniformly on its manifold of radius γ.
 
     This is the paper's initialization (line 2 of Algorithm 1, λ = 1). Euclidean matrices and unconstrained parameters
@@ -57,12 +55,14 @@ def initialize(key: PRNGKeyArray, params: Any, plan: PlanOrRules) -> Any:
     leaves = checked_leaves(params, plan)
     for bucket, kind, gamma in _buckets(plan, leaves):
         own = _of_bucket(bucket, leaves)
-        hashes = np.array([zlib.crc32(path.encode()) for path in bucket.paths], np.uint32)
-        leaves |= automatic(functools.partial(_uniform, bucket), key, hashes, kind, gamma, own, like=own)
+        hashes = np.array([[zlib.crc32(name.encode()) for name in bucket.layer_names(path)] for path in bucket.paths])
+        leaves |= automatic(
+            functools.partial(_uniform, bucket), key, hashes.astype(np.uint32), kind, gamma, own, like=own
+        )
     return from_paths(_placed(leaves, params), params)
 
 
-def nearest(params: Any, plan: PlanOrRules, radii: Radii | Literal["fitted"] | None = None) -> Any:
+def nearest(params: Any, plan: Plan | Rules, radii: Radii | Literal["fitted"] | None = None) -> Any:
     """Moves every constrained weight to the nearest point of its manifold.
 
     Use it for weights that were trained without the constraint, or averaged.
@@ -99,7 +99,7 @@ def nearest(params: Any, plan: PlanOrRules, radii: Radii | Literal["fitted"] | N
 
 
 def violation(
-    params: Any, plan: PlanOrRules, radii: Radii | Literal["fitted"] | None = None
+    params: Any, plan: Plan | Rules, radii: Radii | Literal["fitted"] | None = None
 ) -> dict[str, Float[Array, ""]]:
     """How far every constrained weight is from its manifold.
 
@@ -192,10 +192,12 @@ def _radii(radii: Radii | str | None, bucket: Bucket, gamma: Array) -> Array | N
 @functools.partial(jax.jit, static_argnums=0)
 def _uniform(bucket: Bucket, key, hashes, kind, radius, leaves):
     x = bucket.matrices(leaves)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes)
-    z = jax.vmap(lambda key: jax.random.normal(key, bucket.shape, x.dtype))(keys)
+    # A layer of a stack is drawn as it would be alone.
+    shape = bucket.shape[len(bucket.layers) :]
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes.ravel())
+    z = jax.vmap(lambda key: jax.random.normal(key, shape, x.dtype))(keys)
     mixture = Mixture(bucket.kinds, kind, radius.astype(x.dtype))
-    return bucket.tensors(mixture.from_gaussian(bucket.view.split(z), x), leaves)
+    return bucket.tensors(mixture.from_gaussian(bucket.view.split(z).reshape(x.shape), x), leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)

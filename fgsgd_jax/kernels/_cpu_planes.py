@@ -274,8 +274,8 @@ def _join(layers: Sequence[Layer]) -> Layer:
     def values(parts):
         if parts[0] is None:
             return None
-        # Of parts of one array that lie side by side XLA makes one slice. Fused with what follows, a concatenation asks of
-        # every entry in which of the parts it is.
+        # Of parts of one array that lie side by side XLA makes one slice. Fused with what follows, a concatenation asks
+        # of every entry in which of the parts it is.
         flat = jnp.concatenate(filled_up([part.ravel() for part in parts]))
         return fusion_barrier(lambda flat: flat, flat)[None, None]
 

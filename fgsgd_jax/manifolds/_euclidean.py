@@ -4,10 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ._manifold import Manifold, compute_dtype, pytree
+from ._manifold import Manifold, compute_dtype
 
 
-@pytree
 @dataclasses.dataclass(frozen=True)
 class Euclidean(Manifold):
     """All matrices: no constraint. `radius` has no effect, `random_point` is standard Gaussian.

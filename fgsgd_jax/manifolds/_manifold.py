@@ -2,7 +2,8 @@
 
 import abc
 import dataclasses
-from typing import Any, Final, Self, TypeVar
+import functools
+from typing import Any, Final, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +12,22 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..linalg import norm
 
-Class = TypeVar("Class", bound=type)
 
-# The radius of a manifold whose user gave none. It is recognised by identity (every other 1.0 is another object), so
-# that a plan can put γ in its place while `radius` stays a number, and one leaf, everywhere else.
-UNSTATED: Final = float("1")
+class _Unstated(float):
+    """The radius of a manifold for which none was given: a single object, also after copies and pickles.
 
-
-def pytree(cls: Class) -> Class:
-    """Registers a class of manifolds as a pytree: its `radius` is the leaf, its other fields are static.
-
-    `jax.tree_util.register_dataclass` would make structures of different classes equal (JAX 0.10.2 compares their
-    static fields alone): once in a hundred or so, a jitted function that was compiled for one manifold then runs for
-    another.
+    A plan puts γ in its place. Everywhere else it is the number 1, and one leaf.
     """
-    static = [field.name for field in dataclasses.fields(cls) if field.name != "radius"]
 
-    def flatten(manifold: Any) -> tuple[Any, tuple]:
-        return ((jax.tree_util.GetAttrKey("radius"), manifold.radius),), tuple(getattr(manifold, n) for n in static)
+    def __new__(cls) -> Self:
+        return super().__new__(cls, 1)
 
-    def unflatten(values: Any, leaves: Any) -> Any:
-        # Without the constructor: while JAX transforms trees, leaves may be anything.
-        manifold = object.__new__(cls)
-        for name, value in zip(("radius", *static), (*leaves, *values), strict=True):
-            object.__setattr__(manifold, name, value)
-        return manifold
+    def __reduce__(self) -> str:
+        # The name of a global of this module.
+        return "UNSTATED"
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-    return cls
+
+UNSTATED: Final = _Unstated()
 
 
 def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -53,8 +42,24 @@ class Manifold(abc.ABC):
 
     Points and vectors are arrays `[..., n, p]` of one dtype; every method works on all leading axes at once and
     answers in that dtype, computing in float32 at least. `radius` is a number or an array that broadcasts over
-    the leading axes. A subclass is a frozen dataclass registered as a pytree. It describes the geometry at radius 1
-    in the methods that start with an underscore; this class does the scaling.
+    the leading axes.
+
+    A manifold of your own is a subclass: a frozen dataclass, whose fields beside `radius` are static and hashable. It
+    is a pytree by being a subclass, with `radius` for its leaf. It describes the geometry at radius 1, in the methods
+    that start with an underscore; this class does the scaling and the dtypes.
+
+    | method | at radius 1, for arrays `[..., n, p]` |
+    |---|---|
+    | `_project(x, g)` | the tangent part of `g` at `x` |
+    | `_retract(x, v)` | a point near x + v; `x` where there is none |
+    | `_exp(x, v)`, `_log(x, y)` | the end of the geodesic; its initial velocity, NaN where none was found |
+    | `_nearest(x)` | the nearest point |
+    | `_violation(x)` | `[...]`, the largest residual of the defining equation |
+    | `_squared_length(shape)` | ‖x‖_F², the same for all points |
+    | `_curvature_bounds(shape)` | bounds of the sectional curvature |
+    | `dim(shape)`, `origin(shape, dtype)` | the dimension; any one point |
+    | `_dist(x, y)` | if it is not the norm of `_log(x, y)` |
+    | `_from_gaussian(z)` | if `_nearest` of a Gaussian matrix is not uniform |
 
     Args:
       radius: s, in the units of the points. Left out it is 1, and in the rules of a plan γ of eq. 2.
@@ -75,26 +80,40 @@ class Manifold(abc.ABC):
 
     radius: float | Array = UNSTATED
 
-    @abc.abstractmethod
-    def _project(self, x: Array, g: Array) -> Array: ...
+    def __init_subclass__(cls, **kwargs: Any):
+        # `jax.tree_util.register_dataclass` would make structures of different classes equal (JAX 0.10.2 compares their
+        # static fields alone): once in a hundred or so, a function that was compiled for one manifold then runs for
+        # another.
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_pytree_with_keys(cls, _flatten, functools.partial(_unflatten, cls))
 
     @abc.abstractmethod
-    def _retract(self, x: Array, v: Array) -> Array: ...
+    def _project(self, x: Array, g: Array) -> Array:
+        """Orthogonal projection of `g` onto the tangent space at `x`."""
 
     @abc.abstractmethod
-    def _exp(self, x: Array, v: Array) -> Array: ...
+    def _retract(self, x: Array, v: Array) -> Array:
+        """A point, x + v to first order; `x` where none can be computed."""
 
     @abc.abstractmethod
-    def _log(self, x: Array, y: Array) -> Array: ...
+    def _exp(self, x: Array, v: Array) -> Array:
+        """The end of the geodesic from `x` with velocity `v`."""
 
     @abc.abstractmethod
-    def _nearest(self, x: Array) -> Array: ...
+    def _log(self, x: Array, y: Array) -> Array:
+        """A shortest `v` with `_exp(x, v) = y`; NaN where none was found."""
 
     @abc.abstractmethod
-    def _violation(self, x: Array) -> Array: ...
+    def _nearest(self, x: Array) -> Array:
+        """The point nearest to any matrix `x`."""
 
     @abc.abstractmethod
-    def _curvature_bounds(self, shape: tuple[int, ...]) -> tuple[float, float]: ...
+    def _violation(self, x: Array) -> Array:
+        """Largest absolute entry of the defining equation's residual, one number a matrix."""
+
+    @abc.abstractmethod
+    def _curvature_bounds(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Bounds of the sectional curvature, for manifolds of dimension 2 or more."""
 
     @abc.abstractmethod
     def _squared_length(self, shape: tuple[int, ...]) -> int:
@@ -105,9 +124,11 @@ class Manifold(abc.ABC):
         """Dimension of the manifold of matrices of `shape` (n, p)."""
 
     def _dist(self, x: Array, y: Array) -> Array:
+        """Geodesic distance."""
         return norm(self._log(x, y), axis=(-2, -1))
 
     def _from_gaussian(self, z: Array) -> Array:
+        """A uniform point made of a standard Gaussian matrix."""
         # The Gaussian is invariant under the isometries of all our manifolds, so its nearest point is uniform.
         return self._nearest(z)
 
@@ -382,3 +403,24 @@ class Manifold(abc.ABC):
 
 def _up(x: Array) -> Array:
     return x.astype(compute_dtype(x.dtype))
+
+
+# Fields are looked up late: a class is registered before it becomes a dataclass.
+
+
+@functools.cache
+def _static_fields(cls: type[Manifold]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls) if field.name != "radius")
+
+
+def _flatten(manifold: Manifold) -> tuple[tuple, tuple]:
+    static = tuple(getattr(manifold, name) for name in _static_fields(type(manifold)))
+    return ((jax.tree_util.GetAttrKey("radius"), manifold.radius),), static
+
+
+def _unflatten(cls: type[Manifold], static: tuple, leaves: Any) -> Any:
+    # Without the constructor: while JAX transforms trees, leaves may be anything.
+    manifold = object.__new__(cls)
+    for name, value in zip(("radius", *_static_fields(cls)), (*leaves, *static), strict=True):
+        object.__setattr__(manifold, name, value)
+    return manifold

@@ -4,11 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ._manifold import pytree
 from ._sphere import Spherical
 
 
-@pytree
 @dataclasses.dataclass(frozen=True)
 class Oblique(Spherical):
     """Matrices whose every column has Euclidean norm `radius`: a product of p spheres of dimension n - 1.

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from ..linalg import largest, norm
-from ._manifold import Manifold, pytree
+from ._manifold import Manifold
 
 
 def spherical_log(x: Array, y: Array, axes: tuple[int, ...]) -> Array:
@@ -99,7 +99,6 @@ class Spherical(Manifold):
         return largest(jnp.abs(norm(x, self._axes, keepdims=True) - 1), (-2, -1))
 
 
-@pytree
 @dataclasses.dataclass(frozen=True)
 class Sphere(Spherical):
     """Matrices of Frobenius norm `radius`: ‖x‖_F = s.

@@ -25,7 +25,7 @@ from ..linalg import (
     symmetric,
     transpose,
 )
-from ._manifold import Manifold, pytree
+from ._manifold import Manifold
 from ._sphere import spherical_log
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
@@ -35,7 +35,6 @@ _SHOOTING_STOPS = 8
 _MOST_SHOTS = 200
 
 
-@pytree
 @dataclasses.dataclass(frozen=True)
 class Stiefel(Manifold):
     """Matrices with orthonormal columns times `radius`: xᵀx = s²I for n ≥ p; for n < p the rows, xxᵀ = s²I.

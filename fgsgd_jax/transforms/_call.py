@@ -1,6 +1,5 @@
 """What every link does first: find the plan, and the constrained weights in the trees that it is given."""
 
-from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,13 +8,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from ..groups import Pattern, Plan, Scheme, as_plan, buckets, by_path, from_paths, violation
+from ..groups import Plan, Rules, as_plan, buckets, by_path, from_paths, violation
 from ..manifolds import compute_dtype
 from ._rescaling import InitialRadii
 from ._scale import ScaleState
 from ._states import ByPath
 
-PlanOrRules = Plan | Iterable[tuple[Pattern, Scheme | None]]
+PlanOrRules = Plan | Rules
 
 # A forgotten `initialize` violates by about 1, half a displacement by its square, rounding to bfloat16 by a few of its
 # eps, float32 by 1e-6; but a radius that falls by a factor leaves that many times the rounding, for one step.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from ..groups import Plan, automatic, by_path, from_paths, groups_of, kinds_of, names_of
+from ..groups import Plan, as_rules, automatic, by_path, from_paths, groups_of, kinds_of, names_of
 from ..manifolds import Euclidean, compute_dtype
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
@@ -75,6 +75,7 @@ def fgsgd(
       >>> bool(fg.violation(params, rules)["kernel"] < 1e-6)
       True
     """
+    plan = as_rules(plan)
     check_options(rho, curvature)
     rescaling, initial_radii = options("fg.fgsgd", rescaling, initial_radii, old)
     rate = optax.scale_by_learning_rate(learning_rate)

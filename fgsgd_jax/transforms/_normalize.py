@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from ..groups import Stacks, automatic, groups_of, names_of
+from ..groups import Stacks, as_rules, automatic, groups_of, names_of
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, started
 from ._states import ByPath, NormalizeState
@@ -44,6 +44,7 @@ def normalize_by_zeta(
       >>> updates["w"].ravel().tolist()  # R = 2, ζ = R (2 + R) = 8
       [0.0, 0.25]
     """
+    plan = as_rules(plan)
     check_options(rho, curvature)
 
     def init(params: Any) -> Any:

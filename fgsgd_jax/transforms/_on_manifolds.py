@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from ..groups import automatic, kinds_of, names_of
+from ..groups import as_rules, automatic, kinds_of, names_of
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
@@ -57,6 +57,7 @@ def on_manifolds(
       >>> bool(fg.violation(params, plan)["kernel"] < 1e-6)
       True
     """
+    plan = as_rules(plan)
     rescaling, initial_radii = options("fg.on_manifolds", rescaling, initial_radii, old)
     inner = optax.with_extra_args_support(inner)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from ..groups import Stacks, automatic, kinds_of, names_of
+from ..groups import Stacks, as_rules, automatic, kinds_of, names_of
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, started
 from ._states import ByPath, ProjectState
@@ -38,6 +38,7 @@ def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
       >>> updates["w"].ravel().tolist()
       [0.0, 2.0]
     """
+    plan = as_rules(plan)
 
     def init(params: Any) -> Any:
         own, _ = started("fg.project", plan, params)

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from ..groups import Stacks, automatic, kinds_of, names_of
+from ..groups import Stacks, as_rules, automatic, kinds_of, names_of
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, check_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
@@ -60,6 +60,7 @@ def rescale(
       >>> round(float(fg.radii(state)["w"][0, 0]), 6)
       0.666667
     """
+    plan = as_rules(plan)
     rescaling, initial_radii = options("fg.rescale", rescaling, initial_radii, old)
 
     def init(params: Any) -> Any:

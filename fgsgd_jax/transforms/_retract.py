@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from ..groups import Stacks, automatic, kinds_of, names_of
+from ..groups import Stacks, as_rules, automatic, kinds_of, names_of
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, started
 from ._states import ByPath, RetractState
@@ -42,6 +42,7 @@ def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) ->
       >>> [round(x, 6) for x in (params["w"] + updates["w"]).ravel().tolist()]  # (1, ¾) / 1.25
       [0.8, 0.6]
     """
+    plan = as_rules(plan)
 
     def init(params: Any) -> Any:
         own, leaves = started("fg.retract", plan, params)

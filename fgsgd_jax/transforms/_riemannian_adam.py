@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ..groups import Stacks, automatic, buckets, by_path, from_paths, kinds_of
+from ..groups import Stacks, as_rules, automatic, buckets, by_path, from_paths, kinds_of
 from ..linalg import squared_norm
 from ..manifolds import compute_dtype
 from . import _algorithm as algorithm
@@ -88,6 +88,7 @@ def riemannian_adam(
       >>> bool(fg.violation(params, plan)["kernel"] < 1e-6)
       True
     """
+    plan = as_rules(plan)
     rescaling, initial_radii = options("fg.riemannian_adam", rescaling, initial_radii, old)
     inner = optax.chain(_scale_by_riemannian_adam(plan, b1, b2, eps), optax.scale_by_learning_rate(learning_rate))
     return on_manifolds(inner, plan, rescaling=rescaling, initial_radii=initial_radii, share_out=share_out)
