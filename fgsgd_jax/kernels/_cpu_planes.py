@@ -180,10 +180,19 @@ class _Members:
             # Sphere and oblique: a tangent step gives at least 1.
             info = jnp.finfo(x.dtype)
             fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares) & usable
-            point = jnp.where(fine, y * (radius / jnp.sqrt(jnp.where(fine, squares, 1))), x)
-            return point * growth - x
+            point = jnp.where(fine, y / jnp.sqrt(jnp.where(fine, squares, 1)), self._point(x / radius))
+            return point * (radius * growth) - x
 
         return fusion_barrier(displacement, x, y, usable)
+
+    def _point(self, x: Array) -> Array:
+        """`x`, or some point where it is none by its length."""
+        n, p = x.shape[:2]
+        lengths = self._lengths(jnp.square(x), 1.0)
+        lengths = jnp.where(self._of(Stiefel), _sum(jnp.square(x)) / p, lengths)
+        origin = jnp.where(self._of(Sphere), (n * p) ** -0.5, n**-0.5)
+        origin = jnp.where(self._of(Stiefel), jnp.eye(n, p, dtype=x.dtype)[:, :, None], origin.astype(x.dtype))
+        return jnp.where(jnp.abs(lengths - 1) < 0.1, x, origin)
 
     def _polar(self, y: Array) -> tuple[Array, Bool[Array, "1 1 count"]]:
         """`y` with the polar factors of its Stiefel matrices, and which converged: see `linalg.orthonormalize`."""

@@ -87,14 +87,14 @@ class Stiefel(Manifold):
     def _retract_tall(self, x, v):
         match self.retraction:
             case "polar":
-                return orthonormalize(x + v, x)
+                return orthonormalize(x + v, _point(x))
             case "qr":
                 usable = jnp.all(jnp.isfinite(v), axis=(-2, -1), keepdims=True)
                 return qf(jnp.where(usable, x + v, x))
             case "cayley":
-                return orthonormalize(cayley(x, v), x)
+                return orthonormalize(cayley(x, v), _point(x))
             case "exp":
-                return orthonormalize(_geodesic(x, v), x)
+                return orthonormalize(_geodesic(x, v), _point(x))
 
     def _exp(self, x, v):
         x, v, back = _tall(x, v)
@@ -157,6 +157,12 @@ def _within_reach(v: Array) -> Array:
     """`v`, shortened to eps^-½: beyond, x + v holds nothing of x in floating point, and may lack its rank."""
     longest = jnp.finfo(v.dtype).eps ** -0.5
     return v * (longest / jnp.maximum(jnp.sqrt(squared_norm(v)), longest))[..., None, None]
+
+
+def _point(x: Array) -> Array:
+    """`x`, or the identity where its length is not that of a point."""
+    length = squared_norm(x)[..., None, None] / x.shape[-1]
+    return jnp.where(jnp.abs(length - 1) < 0.1, x, identity(x))
 
 
 def _tangent(x: Array, w: Array) -> Array:

@@ -99,9 +99,7 @@ class Scale:
         merged = []
         for bucket, before in zip(self.layout, moments, strict=True):
             parts = [self._of_parameter(bucket, path, given.get(path), before.mean.dtype) for path in bucket.paths]
-            batch = Moments(
-                *(bucket.stack(dict(zip(bucket.paths, own, strict=True))) for own in zip(*parts, strict=True))
-            )
+            batch = map(jnp.stack, zip(*parts, strict=True))
             both = merge_moments(FeatureMoments(*before), FeatureMoments(*batch))
             after = Moments(both.count, both.mean, both.m2)
             # One batch of features that are no numbers must not cost the epoch its λ.
@@ -143,7 +141,10 @@ class Scale:
             radii = [part.changed_alone(limit) for part in layers]
         if (floor := self.rescaling.floor) is not None:
             radii = [jnp.minimum(radius, gamma / floor) for radius, gamma in zip(radii, gammas, strict=True)]
-        unfed = [jnp.sum(bucket.by_path(part.unfed), axis=1) for bucket, part in zip(self.layout, layers, strict=True)]
+        unfed = [
+            jnp.sum(bucket.by_path(part.unfed), axis=1, dtype=jnp.int32)
+            for bucket, part in zip(self.layout, layers, strict=True)
+        ]
         lambdas = lambdas._replace(
             moments=jax.tree.map(jnp.zeros_like, lambdas.moments),
             since_change=jnp.zeros_like(lambdas.since_change),

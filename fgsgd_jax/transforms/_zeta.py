@@ -33,7 +33,7 @@ def of_groups(
             # The numbers run on over the layers that a parameter stacks.
             count, numbers = len(bucket.paths), bucket.num_groups
             assert group is not None
-            keys = bucket.by_path(group) + numbers * jnp.arange(count, dtype=group.dtype)[:, None, None, None]
+            keys = bucket.by_path(group) + numbers * jnp.arange(count, dtype=group.dtype)[:, None]
             sums = jax.ops.segment_sum(squares.ravel(), keys.ravel(), count * numbers).reshape(count, numbers)
             own = jnp.take_along_axis(sums, group.reshape(count, -1), axis=1)
             return own.reshape(group.shape), [sums]
