@@ -1,0 +1,489 @@
+"""Every form of a step is held against the definition, `kernels._reference` in float64, by one table."""
+
+import dataclasses
+import functools
+import math
+import os
+import subprocess
+import sys
+
+import helpers as h
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+from jax.sharding import AxisType, PartitionSpec as P
+
+import fgsgd_jax as fg
+from fgsgd_jax import kernels
+from fgsgd_jax.kernels import _api, _cpu_lengths, _cpu_planes, _reference, _xla
+from fgsgd_jax.kernels._layers import Layer
+from fgsgd_jax.manifolds import Mixture
+
+MIX = (fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean())
+LENGTHS = (fg.Oblique(), fg.Euclidean(), fg.Sphere())
+OTHER_RETRACTIONS = (fg.Stiefel(retraction="qr"), fg.Sphere(), fg.Stiefel(retraction="cayley"))
+
+# Two of one shape, and a larger one of another. A core's cache does not hold the 7×7 matrices of the second.
+FEW, MANY = ((3, 5), (40, 7), (3, 5)), ((3, 5), (40, 18), (3, 5))
+# In radii. Beyond eps^-½ a sum holds nothing of the point.
+STEPS = (0.0, 1e-4, 0.1, 1.0, 30.0, 1e4)
+
+CASES = [
+    (_cpu_planes, MIX, (3, 3), FEW),
+    (_cpu_planes, MIX, (5, 3), FEW),
+    (_cpu_planes, MIX, (4, 1), FEW),
+    (_cpu_planes, MIX, (7, 7), MANY),
+    (_cpu_planes, (fg.Stiefel(),), (3, 3), FEW),
+    (_cpu_planes, LENGTHS, (3, 3), FEW),
+    (_cpu_lengths, LENGTHS, (2, 5), FEW),
+    (_cpu_lengths, LENGTHS, (70, 3), FEW),
+    (_cpu_lengths, (fg.Sphere(),), (33, 1), FEW),
+    (_cpu_lengths, (fg.Oblique(),), (3, 2), FEW),
+    (_xla, MIX, (2, 5), FEW),
+    (_xla, OTHER_RETRACTIONS, (3, 3), FEW),
+    (_xla, (fg.Stiefel(),), (12, 8), FEW),
+]
+FAST = {(0, "float32"), (0, "float64"), (1, "float32"), (3, "float32"), (6, "float32"), (7, "float32"), (10, "float32")}
+
+
+def named(manifolds):
+    return "+".join(type(m).__name__.lower() + (getattr(m, "retraction", "polar") != "polar") * "*" for m in manifolds)
+
+
+TABLE = pytest.mark.parametrize(
+    ("form", "manifolds", "shape", "grids", "dtype"),
+    [
+        pytest.param(
+            *case,
+            dtype,
+            id=f"{case[0].__name__.rpartition('._')[2]}-{named(case[1])}-{case[2][0]}x{case[2][1]}-{dtype}",
+            marks=() if (number, dtype) in FAST else pytest.mark.slow,
+        )
+        for number, case in enumerate(CASES)
+        for dtype in h.EPS
+    ],
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Matrices of several layers in one row, [count, n, p], in float64 as they are in `dtype`."""
+
+    manifolds: tuple
+    grids: tuple
+    dtype: str
+    kind: np.ndarray
+    radius: np.ndarray
+    new_radius: np.ndarray
+    x: np.ndarray
+    w: np.ndarray
+
+    def on(self, kind):
+        """Which matrices are on manifolds of a class."""
+        return np.isin(self.kind, [i for i, m in enumerate(self.manifolds) if isinstance(m, kind)])
+
+    @property
+    def constrained(self):
+        return ~self.on(fg.Euclidean)
+
+    @property
+    def has_direction(self):
+        return np.all(np.isfinite(self.w), axis=(-2, -1))
+
+    def layers(self, w, new_radius):
+        def parts(a):
+            ends = np.cumsum([math.prod(grid) for grid in self.grids])[:-1]
+            pairs = zip(np.split(a, ends), self.grids, strict=True)
+            return [jnp.asarray(part.reshape(*grid, *a.shape[1:])) for part, grid in pairs]
+
+        x, w, radius, new = (parts(a.astype(self.dtype)) for a in (self.x, w, self.radius, self.new_radius))
+        kind = parts(self.kind) if len(self.manifolds) > 1 else [None] * len(x)
+        new = new if new_radius else [None] * len(x)
+        return [Layer(*layer) for layer in zip(x, w, kind, radius, new, strict=True)]
+
+    def mixtures(self):
+        return [Mixture(self.manifolds, layer.kind, layer.radius) for layer in self.layers(self.w, False)]
+
+    def violations(self, displacement, radius):
+        """Of the points that are reached, at the given radii."""
+        points = np.asarray(self.x.astype(self.dtype) + displacement, np.float64)
+        found = np.zeros(len(points))
+        for index, manifold in enumerate(self.manifolds):
+            on = self.kind == index
+            found[on] = h.violation(type(manifold).__name__.lower(), points[on], radius[on])
+        return found
+
+    @property
+    def violation_limit(self):
+        """Round-off of a sum over a column."""
+        return 8 * h.EPS[self.dtype] * max(1, self.x.shape[-2] / 8) ** 0.5
+
+
+@functools.cache
+def example(manifolds, shape, grids, dtype):
+    """Points at radii from 0.004 to 2, with directions of about a radius; of every manifold three odd ones."""
+    rng = np.random.default_rng(0)
+    count = sum(math.prod(grid) for grid in grids)
+    kind = rng.integers(0, len(manifolds), count).astype(np.int8)
+    radius = np.exp(rng.uniform(np.log(0.004), np.log(2), count))
+    radius[:15] = 1
+    odd = {index: np.arange(3) + 20 + 7 * index for index in range(len(manifolds))}
+    for index, (no_number, no_step, no_point) in odd.items():
+        kind[[no_number, no_step, no_point]] = index
+    x = h.spread(radius) * rng.standard_normal((count, *shape))
+    for index, manifold in enumerate(manifolds):
+        on = kind == index
+        x[on] = np.asarray(manifold.with_radius(jnp.asarray(radius[on])).nearest(jnp.asarray(x[on])))
+    w = h.spread(radius) * rng.standard_normal((count, *shape)) / math.prod(shape) ** 0.5
+    for no_number, no_step, no_point in odd.values():
+        w[no_number, 0, 0] = np.nan
+        w[no_step] = 0
+        x[no_point] = w[no_point] = 0
+    rounded = [np.asarray(a.astype(dtype), np.float64) for a in (radius, radius * rng.uniform(1, 2, count), x, w)]
+    return Example(manifolds, grids, dtype, kind, *rounded)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def defined(manifolds, is_tangent, kind, radius, new_radius, x, w, factors):
+    """What the definition says, of all matrices at once."""
+    mixture = Mixture(manifolds, None if len(manifolds) == 1 else kind, radius)
+    steps = lax.map(lambda factor: _reference.step(mixture, x, w, new_radius, factor, is_tangent), factors)
+    return *_reference.tangent(mixture, x, w), *steps
+
+
+def in_one_row(parts, lead=0):
+    return jnp.concatenate([a.reshape(*a.shape[:lead], -1, *a.shape[lead + 2 :]) for a in parts], lead)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def found_by(form, manifolds, is_tangent, layers, factors):
+    """What a form says, of all matrices in one row."""
+    # In turn, as in training: under vmap the turns of an iteration would be those of the longest step.
+    steps = lax.map(lambda factor: form.step(manifolds, layers, factor, is_tangent), factors)
+    steps = [in_one_row(parts, 1) for parts in steps]
+    return steps if is_tangent else [*map(in_one_row, form.tangent(manifolds, layers)), *steps]
+
+
+def check(found, expected, limit):
+    """No further from the definition than `limit`."""
+    gap = np.abs(found - expected)
+    above = np.argwhere(~(gap <= limit))
+    assert not len(above), f"{len(above)} above the limit: {gap[tuple(above[0])]:.1e} at {above[0].tolist()}"
+
+
+def check_steps(its, found, expected, reached):
+    """Against the definition and the constraint, at every length of step; `reached` are the radii of the points."""
+    eps, s, fine = h.EPS[its.dtype], h.spread(its.radius), its.has_direction
+    for length, displacement, ratio, its_displacement, its_ratio in zip(STEPS, *found, *expected, strict=True):
+        assert displacement.dtype == ratio.dtype == its.dtype
+        # Rounding a direction to `dtype` changes a polar factor as much as the sum is long, and others more.
+        others = [isinstance(m, fg.Stiefel) and m.retraction != "polar" for m in its.manifolds]
+        reach = np.where(its.on(fg.Stiefel), min(length, eps**-0.5), np.where(its.on(fg.Euclidean), length, 30))
+        reach = np.where(np.array(others)[its.kind] & (length > 30), np.inf, reach)
+        limit = 64 * eps * h.spread(1 + reach)
+        check((displacement / s)[fine], (its_displacement / s)[fine], limit[fine])
+        check(ratio[fine], its_ratio[fine], 64 * eps * length)
+        violations = its.violations(displacement, reached)
+        assert np.max(violations[fine | its.constrained]) <= its.violation_limit, length
+
+
+@TABLE
+def test_a_form_is_the_definition(form, manifolds, shape, grids, dtype):
+    its = example(manifolds, shape, grids, dtype)
+    assert form is _xla or form.serves(manifolds, *shape, len(its.kind))
+    factors = -np.asarray(STEPS)
+
+    def found(is_tangent, w):
+        of_form = found_by(form, manifolds, is_tangent, its.layers(w, is_tangent), jnp.asarray(factors, dtype))
+        return jax.tree.map(np.asarray, of_form)
+
+    def expected(is_tangent, w):
+        new_radius = its.new_radius if is_tangent else None
+        return jax.tree.map(
+            np.asarray, defined(manifolds, is_tangent, its.kind, its.radius, new_radius, its.x, w, factors)
+        )
+
+    # From any direction, to the same radius.
+    t, squares, *steps = expected(False, its.w)
+    its_t, its_squares, *its_steps = found(False, its.w)
+    assert its_t.dtype == its_squares.dtype == dtype
+    size = h.norm(np.nan_to_num(its.w))
+    fine = its.has_direction
+    check(its_t[fine], t[fine], 16 * h.EPS[dtype] * h.spread(size)[fine])
+    check(its_squares[fine], squares[fine], 32 * h.EPS[dtype] * size[fine] ** 2)
+    assert not np.any(np.isfinite(its_squares[~fine]))
+    check_steps(its, its_steps, steps, its.radius)
+
+    # From a tangent vector, to a new radius.
+    t = np.asarray(t.astype(dtype), np.float64)
+    its_steps = found(True, t)
+    check_steps(its, its_steps, expected(True, t)[2:], its.new_radius)
+
+    # What overflows keeps its place and harms no other.
+    spoilt = np.isin(np.arange(len(t)), (5, 10, 15))
+    t[5], t[10, 0, 0], t[15] = np.inf, np.inf, 1e30 if dtype == "float32" else 1e200
+    for displacement, before in zip(found(True, t)[0], its_steps[0], strict=True):
+        others = its.constrained & ~spoilt
+        check(displacement[others], before[others], 16 * h.EPS[dtype] * h.spread(its.radius[others]))
+        assert np.max(its.violations(displacement, its.new_radius)[its.constrained]) <= its.violation_limit
+
+
+# --- what the two operations do with layers
+
+
+def arrays(its):
+    """Points, directions (without those that are no numbers) and new radii of an example's layers."""
+    layers = its.layers(np.nan_to_num(its.w), True)
+    return [[getattr(layer, name) for layer in layers] for name in ("x", "w", "new_radius")]
+
+
+def operations(mixtures, x, w, radii, factor):
+    return kernels.tangent(mixtures, x, w), kernels.step(mixtures, x, w, radii, factor)
+
+
+def alone(mixtures, x, w, radii, factor):
+    """The definition, layer by layer."""
+    tangents = [_reference.tangent(*layer) for layer in zip(mixtures, x, w, strict=True)]
+    steps = [
+        _reference.step(m, x, w, r, jnp.asarray(factor, x.dtype), False)
+        for m, x, w, r in zip(mixtures, x, w, radii, strict=True)
+    ]
+    return tuple(tuple(map(list, zip(*pairs, strict=True))) for pairs in (tangents, steps))
+
+
+def all_close(found, expected, **tolerance):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+def test_which_form_serves_is_decided_by_exact_type_and_shape():
+    """A fast form that is never taken would pass every other test."""
+
+    class Own(fg.Sphere):
+        pass
+
+    assert _api.form_for(MIX, 3, 3, 1024) is _cpu_planes
+    assert _api.form_for(LENGTHS, 64, 3, 1024) is _cpu_lengths
+    assert _api.form_for((fg.Sphere(),), 3, 5, 1) is _cpu_lengths
+    for manifolds in ((Own(),), (fg.Stiefel(), Own()), OTHER_RETRACTIONS):
+        assert _api.form_for(manifolds, 3, 3, 1024) is _xla
+    for n, p, count in ((3, 3, 0), (0, 3, 1024), (3, 0, 1024), (64, 64, 4), (2, 5, 1024)):
+        assert _api.form_for(MIX, n, p, count) is _xla
+
+
+def test_layers_of_all_sizes_and_manifolds_at_once():
+    """Whatever is joined with what: every layer is answered in its place."""
+    examples = [
+        example(MIX, (3, 3), ((2, 130),), "float32"),
+        example(LENGTHS, (2, 5), ((4, 10), (1, 2)), "float32"),
+        example((fg.Stiefel(),), (3, 3), ((3, 8),), "float64"),
+    ]
+    layers = [layer for its in examples for layer in zip(its.mixtures(), *arrays(its), strict=True)]
+    # Neighbours of different kinds.
+    order = np.random.default_rng(0).permutation(len(layers))
+    mixtures, x, w, radii = (list(parts) for parts in zip(*(layers[i] for i in order), strict=True))
+    found, expected = (jax.jit(f)(mixtures, x, w, radii, -0.3) for f in (operations, alone))
+    all_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert kernels.tangent([], [], []) == kernels.step([], [], []) == ([], [])
+
+
+def test_no_matrices_and_one_radius_for_all():
+    stiefel = (fg.Stiefel(),)
+    rng = np.random.default_rng(0)
+    x = [jnp.asarray(h.point("stiefel", rng, (*grid, 3, 3), 0.5), jnp.float32) for grid in FEW]
+    w = [jnp.asarray(rng.standard_normal(a.shape), jnp.float32) for a in x]
+    found, expected = (
+        jax.jit(operations)([Mixture(stiefel, None, s) for s in radii], x, w, None, -0.3)
+        for radii in ([0.5] * 3, [jnp.full(grid, 0.5, jnp.float32) for grid in FEW])
+    )
+    all_close(found, expected, atol=1e-6)
+    empty = jnp.zeros((0, 4, 3, 3), jnp.float32)
+    for operation in (kernels.tangent, kernels.step):
+        (array,), (figure,) = operation([Mixture(stiefel, None)], [empty], [empty])
+        assert (array.shape, figure.shape) == (empty.shape, (0, 4))
+
+
+def test_a_manifold_of_ones_own_is_never_replaced():
+    """Also by a subclass of a built-in one, in numbers that a fast form would handle."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Still(fg.Sphere):
+        def _project(self, x, g):
+            return jnp.zeros_like(g)
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(h.point("sphere", rng, (1030, 3, 3)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+    kind = np.arange(1030) % 2
+    for manifolds in ((Still(),), (fg.Sphere(), Still())):
+        mixture = Mixture(manifolds, jnp.asarray(kind) if len(manifolds) > 1 else None)
+        own = kind == 1 if len(manifolds) > 1 else kind >= 0
+        (t,), (squares,) = kernels.tangent([mixture], [x], [w])
+        (displacement,), (ratio,) = kernels.step([mixture], [x], [w])
+        assert np.max(np.abs(t[own])) == np.max(squares[own]) == np.max(ratio[own]) == 0
+        assert np.max(np.abs(displacement[own])) < 1e-6
+        others = h.norm(np.asarray(displacement)[~own])
+        assert np.all(others > 0.1)
+
+    params = {"kernel": jnp.zeros((3, 3, 32, 33), jnp.float32)}
+    rules = [("kernel", fg.Each(Still()))]
+    params = fg.initialize(jax.random.key(0), params, rules)
+    tx = fg.fgsgd(0.1, rules)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert np.max(np.abs(updates["kernel"])) < 1e-7
+
+
+# --- under JAX's transformations
+
+FORMS = pytest.mark.parametrize(
+    ("manifolds", "shape"),
+    [
+        pytest.param(MIX, (3, 3), id="planes"),
+        pytest.param(LENGTHS, (40, 2), id="lengths", marks=pytest.mark.slow),
+        pytest.param((fg.Stiefel(),), (12, 9), id="xla", marks=pytest.mark.slow),
+    ],
+)
+
+
+@FORMS
+def test_gradients_are_those_of_the_definition(manifolds, shape):
+    """A loop whose length is found at run time has none of its own."""
+    its = example(manifolds, shape, ((130, 2), (2, 20)), "float64")
+    x, w, radii = arrays(its)
+    # At no point there is no derivative.
+    x = [jnp.where(jnp.any(a, (-2, -1), keepdims=True), a, 1) for a in x]
+
+    def loss(numbers, factor, operations):
+        radius, *others = numbers
+        mixtures = [mixture.at(own) for mixture, own in zip(its.mixtures(), radius, strict=True)]
+        return sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(operations(mixtures, *others, factor)))
+
+    numbers, factor = ([mixture.radius for mixture in its.mixtures()], x, w, radii), jnp.asarray(-0.3)
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, operations=f), argnums=(0, 1)))(numbers, factor)
+        for f in (operations, alone)
+    )
+    all_close(found, expected, rtol=1e-8, atol=1e-8)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(found[1]))
+
+
+@FORMS
+def test_vmap_is_one_after_the_other(manifolds, shape):
+    """As of replicas of one plan: the turns of an iteration are then those of the longest step."""
+    its = example(manifolds, shape, ((130, 2), (2, 20)), "float32")
+    x, w, _ = arrays(its)
+
+    def scaled(scale):
+        return operations(its.mixtures(), x, [scale * a for a in w], None, -1.0)
+
+    scales = jnp.asarray([0.01, 20.0], jnp.float32)
+    together = jax.jit(jax.vmap(scaled))(scales)
+    one_by_one = [jax.jit(scaled)(scale) for scale in scales]
+    all_close(together, jax.tree.map(lambda *parts: jnp.stack(parts), *one_by_one), rtol=1e-4, atol=1e-4)
+
+
+@FORMS
+@pytest.mark.parametrize("differing", [(0, 1), (2,), (3,)], ids=["weights", "radii", "rate"])
+def test_numbers_that_differ_by_device(manifolds, shape, differing):
+    """As an ensemble's under `shard_map`, whose types say so."""
+    its = example(manifolds, shape, ((130, 2), (2, 20)), "float32")
+    mesh = jax.make_mesh((1,), ("seed",), axis_types=(AxisType.Auto,))
+    numbers = (*arrays(its), jnp.asarray(-0.3, jnp.float32))
+
+    def changed(leaf_of, numbers):
+        return [jax.tree.map(leaf_of, a) if i in differing else a for i, a in enumerate(numbers)]
+
+    def own(*numbers):
+        _, step = operations(its.mixtures(), *changed(lambda leaf: leaf[0], numbers))
+        return jax.tree.map(lambda leaf: leaf[None], step)
+
+    specs = tuple(P("seed") if i in differing else P() for i in range(4))
+    each = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=P("seed")))
+    found = jax.tree.map(lambda leaf: leaf[0], each(*changed(lambda leaf: leaf[None], numbers)))
+    _, expected = jax.jit(operations)(its.mixtures(), *numbers)
+    all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_work_that_is_shared_out_gives_the_same():
+    its = example((fg.Stiefel(),), (12, 8), ((5, 5), (2, 3)), "float32")
+    x, w, _ = arrays(its)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    found, expected = (kernels.step(its.mixtures(), x, w, factor=-0.3, share_out=m) for m in (mesh, None))
+    all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("restacked", [False, True])
+def test_values_are_stacked_and_come_apart(count, restacked):
+    parts = [np.random.default_rng(i).standard_normal((4, 3)) for i in range(count)]
+    stacked = kernels.stack([jnp.asarray(part) for part in parts])
+    np.testing.assert_array_equal(stacked, np.stack(parts))
+    for found, part in zip(jax.jit(kernels.unstack, static_argnums=1)(stacked, restacked), parts, strict=True):
+        np.testing.assert_array_equal(found, part)
+
+
+# --- on other platforms, and on several devices
+
+
+@pytest.mark.parametrize(("manifolds", "shape"), [(MIX, (3, 3)), (LENGTHS, (70, 3))], ids=["planes", "lengths"])
+def test_what_pleases_one_compiler_is_in_no_other_program(manifolds, shape):
+    """Barriers, blocks and sums by products are for CPU; elsewhere the program is that of the definition."""
+    its = example(manifolds, shape, ((130, 2), (2, 20)), "float32")
+    numbers = (*arrays(its), jnp.zeros((), jnp.float32))
+    allowed = export.DisabledSafetyCheck.custom_call("LayoutConstraint")
+
+    def lowered(platform):
+        program = jax.jit(lambda *numbers: operations(its.mixtures(), *numbers))
+        return export.export(program, platforms=(platform,), disabled_checks=[allowed])(*numbers).mlir_module()
+
+    modules = {platform: lowered(platform) for platform in ("cpu", "tpu", "cuda")}
+
+    def count(name, platform):
+        return modules[platform].count(f"stablehlo.{name}")
+
+    own = "optimization_barrier" if shape == (3, 3) else "dot_general"
+    assert count(own, "cpu")
+    assert count(own, "tpu") == count(own, "cuda") == 0
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+import fgsgd_jax as fg
+from fgsgd_jax import kernels
+from fgsgd_jax.manifolds import Mixture
+
+rng = np.random.default_rng(0)
+mixed = (fg.Sphere(), fg.Oblique(), fg.Stiefel())
+kind = rng.integers(0, 3, (16, 32))
+mixture = Mixture(mixed, jnp.asarray(kind), jnp.asarray(rng.uniform(0.1, 2, (16, 32)), jnp.float32))
+x = mixture.nearest(jnp.asarray(rng.standard_normal((16, 32, 3, 3)), jnp.float32))
+w = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+
+def operations(mixtures, x, w):
+    return kernels.tangent(mixtures, x, w), kernels.step(mixtures, x, w, None, -0.1)
+
+def put(a):
+    return jax.device_put(a, NamedSharding(mesh, P(None, "model")))
+
+expected = jax.jit(operations)([mixture] * 2, [x, x], [w, 2 * w])
+mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+here = jax.tree.map(put, ([mixture] * 2, [x, x], [w, 2 * w]))
+program = jax.jit(operations).lower(*here).compile()
+for name in ("all-gather", "all-to-all", "collective-permute"):
+    assert name not in program.as_text(), name
+for found, known in zip(jax.tree.leaves(program(*here)), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(found, known, rtol=1e-5, atol=1e-5)
+    assert not found.sharding.is_fully_replicated
+"""
+
+
+def test_layers_over_several_devices_stay_where_they_are():
+    """Joined, they would lose the axes along which they are sharded."""
+    devices = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"}
+    run = subprocess.run([sys.executable, "-c", SHARDED], env=os.environ | devices, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
