@@ -13,15 +13,14 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ..linalg import MOST_TURNS, exact_below
 from ..manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
+from ._cpu_chunks import by_chunks, fusion_barrier
 from ._layers import Layer, Results
 
 # Up to so many multiplications a product costs little beside moving its operands: 9×9 matrices.
@@ -73,36 +72,7 @@ def step(
 
 
 def _by_chunks(of_chunk: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
-    """`of_chunk` of all matrices, a few at a time, so that intermediate results stay in the cache.
-
-    Those of a whole network would be new to the process at every call, and the page faults cost as much as the
-    arithmetic.
-    """
-    joined = _join(layers)
-    chunks, size = _chunks(layers)
-    if chunks == 1:
-        results, figures = of_chunk(joined)
-        return _split(results, layers), _split(figures, layers, values=True)
-
-    def chunk(index, carry):
-        results, figures = carry
-        start = index * size
-
-        def part(a):
-            # Else XLA on CPU takes the part anew for each of its uses.
-            return fusion_barrier(lambda a, start: lax.dynamic_slice_in_dim(a, start, size, axis=-1), a, start)
-
-        own = jax.tree.map(part, joined._replace(w=results))
-        result, figure = of_chunk(own)
-        # The result takes the place of what it is made from.
-        return tuple(
-            lax.dynamic_update_slice_in_dim(whole, new, start, axis=-1)
-            for whole, new in zip((results, figures), (result, figure), strict=True)
-        )
-
-    # In `shard_map` the results differ between devices where any of the arguments do.
-    nothing = sum(jnp.zeros_like(a, joined.w.dtype, shape=(1, 1, 1)) for a in jax.tree.leaves(joined))
-    results, figures = lax.fori_loop(0, chunks, chunk, (joined.w + nothing, joined.radius + nothing))
+    results, figures = by_chunks(of_chunk, _join(layers), _chunks(layers)[1], axis=-1)
     return _split(results, layers), _split(figures, layers, values=True)
 
 
@@ -162,12 +132,9 @@ class _Members:
     def ambient(self, x: Array, v: Array, factor: Array, inverse: Array) -> tuple[Array, Array]:
         """‖v‖/s of `factor` times v, and `y = (x + factor v)/s`."""
         ratio = jnp.sqrt(_sum(jnp.square(v * (factor * inverse))))
-        # As in the polar retraction: beyond this length x + v holds nothing of x, and the iteration converges from a
-        # Gram matrix of norm 2.
-        longest = jnp.finfo(x.dtype).eps ** -0.5
-        within = jnp.where(self._of(Stiefel), longest / jnp.maximum(ratio, longest), 1)
-        shrink = jnp.where(self._of(Stiefel) & (ratio > 0.4), 1 / (1 + ratio * within), 1)
-        return ratio, (x + (factor * within) * v) * (self.but_euclidean(inverse) * shrink)
+        # The iteration of the polar factor converges from a Gram matrix of norm 2.
+        shrink = jnp.where(self._of(Stiefel) & (ratio > 0.4), 1 / (1 + ratio), 1)
+        return ratio, (x + factor * v) * (self.but_euclidean(inverse) * shrink)
 
     def displacement(self, x: Array, y: Array, radius: Array, growth: Array) -> Array:
         """`s y C(yᵀy) - x`, the first term times `growth`; no step where y is zero, overflows or is not a number."""
@@ -248,22 +215,6 @@ def gram(a: Float[Array, "n p count"], b: Float[Array, "n q count"]) -> Float[Ar
 def identity(x: Float[Array, "p p count"]) -> Float[Array, "p p 1"]:
     """An identity matrix that broadcasts against those of `x`."""
     return jnp.eye(x.shape[0], dtype=x.dtype)[:, :, None]
-
-
-def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, computed once, whatever uses it.
-
-    XLA on CPU computes a fused operand again for each of its uses. The branch that is always taken, unknown to the
-    compiler, is the one boundary that its fusion respects.
-    """
-    results = jax.eval_shape(function, *args)
-
-    def zeros(*args):
-        # Made of the arguments, so that in `shard_map` they differ between devices where those do.
-        nothing = functools.reduce(operator.add, (0 * leaf.ravel()[0].astype(jnp.float32) for leaf in args))
-        return jax.tree.map(lambda result: jnp.broadcast_to(nothing.astype(result.dtype), result.shape), results)
-
-    return lax.cond(lax.optimization_barrier(jnp.ones((), bool)), function, zeros, *args)
 
 
 def _join(layers: Sequence[Layer]) -> Layer:
