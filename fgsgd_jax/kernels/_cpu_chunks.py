@@ -46,7 +46,8 @@ def step(
 
 
 def _by_matrices(of_chunk: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
-    layer = joined(layers)
+    # Fused with reshapes, a concatenation asks of every entry in which of the parts it is.
+    layer = joined(layers, lambda parts: fusion_barrier(lambda *parts: jnp.concatenate(parts), *parts))
     count, n, p = layer.x.shape
     results, figures = by_chunks(of_chunk, layer, _size(n, p, count), axis=0)
     return split(results, layers), split(figures, layers)
