@@ -126,6 +126,27 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(runs, refused, tmp_pat
     assert not (bare / "checkpoints").exists()
 
 
+def test_runs_are_told_apart_by_content(refused, tmp_path):
+    """The same log under another name is the same run; gaps of other test images are other gaps."""
+    data = {"train": {"shape": [64], "crc32": 1}, "test": {"shape": [48], "crc32": 2}, "classes": ["a", "b"]}
+    record = {"epoch": 1, "step": 2, "train": {"loss": 1.0, "error": 9.0}, "test": {"loss": 1.0, "error": 9.0}}
+
+    def logged(name, seed, data):
+        (tmp_path / name).mkdir()
+        header = {"config": TrainConfig(seed=seed).to_dict()} | ({} if data is None else {"data": data})
+        MetricsLog(tmp_path / name / "metrics.jsonl").create(header)
+        MetricsLog(tmp_path / name / "metrics.jsonl").append(record | {"norms": {}})
+        return tmp_path / name
+
+    one, two = logged("one", 0, data), logged("two", 1, data | {"train": {"shape": [32], "crc32": 7}})
+    copy, other = logged("copy", 0, data), logged("other", 2, data | {"test": {"shape": [48], "crc32": 3}})
+    assert "names a run twice" in refused("bounds", "--correlate", one, two, copy)
+    said = refused("bounds", "--correlate", one, two, other)
+    assert "was not tested on the images that" in said
+    assert "test images: 48 with checksum 00000003, was 48 with checksum 00000002" in said
+    assert "no checksum of its data" in refused("bounds", "--correlate", one, two, logged("old", 3, None))
+
+
 # --- what they are made of
 
 

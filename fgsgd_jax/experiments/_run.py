@@ -13,7 +13,7 @@ import fgsgd_jax as fg
 from . import _processes as processes
 from ._checkpoints import Checkpoints
 from ._config import TrainConfig
-from ._data import ImageSet, load
+from ._data import ImageSet, data_difference, load
 from ._errors import UsageError
 from ._fit import Report, fit
 from ._log import MetricsLog, Record
@@ -190,9 +190,10 @@ class _Keeper:
 
 def _refuse_other_data(log: MetricsLog, data: ImageSet) -> None:
     header, _ = log.read()
-    if header.get("data") != data.fingerprint():
+    if difference := data_difference(data.fingerprint(), header.get("data") or {}):
         raise UsageError(
-            f"data {data.name!r} is not what it was when the run in {log.path.parent} began; give another --run-dir"
+            f"data {data.name!r} is not what it was when the run in {log.path.parent} began ({difference}); give that "
+            "data, or another --run-dir"
         )
 
 

@@ -68,7 +68,7 @@ class Trainer:
         self._model = build(config.model, len(data.classes), data.channels)
         self._shapes, _ = jax.eval_shape(self._model.init, jax.random.key(0))
         self._trace = self._model.trace(data.train.images.shape[1:3])
-        self._augmentation: Augmentation = resolve(config.augment, data.name)
+        self._augmentation: Augmentation = resolve(config.augment, config.data)
         # Every schedule is proportional to the rate that it starts from.
         self._unit_rate = schedule(config.schedule, 1.0, self.total_steps)
         self._plans: dict[int, fg.Plan | None] = {}

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from .._bounds_picture import draw_bounds, largest_of
 from .._checkpoints import Checkpoints
 from .._config import TrainConfig
 from .._correlation import RESAMPLES, spearman
+from .._data import data_difference
 from .._errors import UsageError
 from .._log import MetricsLog
 from .._measures import FORMS, PAPERS, Measurer, Measures, log10
@@ -87,8 +89,10 @@ def measured(folder: Path, step: int | None) -> tuple[int, TrainConfig, Measures
         about = checkpoints.about(step)
         config = TrainConfig.from_dict(about["config"])
         data = load_for(config)
-        if header.get("data") != data.fingerprint():
-            raise UsageError(f"data {data.name!r} is not what the run in {folder} was trained on; bring that back")
+        if difference := data_difference(data.fingerprint(), header.get("data") or {}):
+            raise UsageError(
+                f"data {data.name!r} is not what the run in {folder} was trained on ({difference}); bring that back"
+            )
         trainer = Trainer(config, data)
         start = trainer.start(config.seed)
         state = checkpoints.restore(step, start)
@@ -144,6 +148,7 @@ def _correlate(folders: tuple[Path, ...], console: Console) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("--correlate names a run twice")
     found = [find(folder) for folder in folders]
+    _refuse_mixed(folders, found)
     records = [_record(*each) for each in found]
     measures = {
         f"{name}, {title}": [record["log"][form][paper] for record in records]
@@ -175,6 +180,27 @@ def _correlate(folders: tuple[Path, ...], console: Console) -> None:
         f"{len(folders)} runs agree by chance once in {math.factorial(len(folders))}.",
         highlight=False,
     )
+
+
+def _refuse_mixed(folders: tuple[Path, ...], found: list[tuple[Path, int | None]]) -> None:
+    """Gaps are comparable where the test was the same; a copy of a run under another name is no other run."""
+    seen: dict[str, Path] = {}
+    data: list[dict[str, Any]] = []
+    for given, (folder, step) in zip(folders, found, strict=True):
+        header, records = MetricsLog(folder / LOG).read()
+        if not isinstance(header.get("data"), dict):
+            raise UsageError(f"the log of {given} has no checksum of its data: nobody can tell what it was tested on")
+        data.append(header["data"])
+        content = json.dumps([header, records, step], sort_keys=True)
+        if content in seen:
+            raise UsageError(f"--correlate names a run twice: {seen[content]} and {given} have the same log")
+        seen[content] = given
+        # What was trained on may differ in number: that is one of the things that a bound should know of.
+        if difference := data_difference(data[-1] | {"train": None}, data[0] | {"train": None}):
+            raise UsageError(
+                f"--correlate: {given} was not tested on the images that {folders[0]} was ({difference}); gaps of "
+                "different tests cannot be compared"
+            )
 
 
 def _record(folder: Path, step: int | None) -> dict[str, Any]:

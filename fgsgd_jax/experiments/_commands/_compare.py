@@ -8,7 +8,7 @@ from rich.console import Console
 
 from .._compare import RESULTS, Comparison, compare, read_results
 from .._comparison_report import draw, report
-from .._config import TrainConfig
+from .._config import TrainConfig, option
 from .._errors import UsageError
 from .._rows import ROWS, check_rows
 from ._command import Command
@@ -50,7 +50,7 @@ class Compare(Command):
         compare(comparison, folder, lambda line: console.print(line, highlight=False, soft_wrap=True))
         found = read_results(folder / RESULTS)
         draw(found, folder / PICTURE)
-        text = report(found, self._command(comparison), PICTURE)
+        text = report(found, self._command(comparison, folder), PICTURE)
         (folder / REPORT).write_text(text, encoding="utf-8")
         console.print(text, highlight=False, soft_wrap=True, markup=False)
         console.print(f"report: {folder / REPORT}, picture: {folder / PICTURE}", highlight=False, soft_wrap=True)
@@ -64,15 +64,14 @@ class Compare(Command):
             raise UsageError(f"--lrs {self.lrs}: give different numbers above 0")
         return rates
 
-    def _command(self, comparison: Comparison) -> str:
-        """What to type for the same."""
+    def _command(self, comparison: Comparison, folder: Path) -> str:
+        """What to type, in the same place, for the same."""
         words = ["fgsgd", "compare"]
         for field in dataclasses.fields(TrainConfig):
             value = getattr(comparison.base, field.name)
-            # Of the data's path the name alone is anybody else's business.
             if value != field.default:
-                shown = Path(value).name if field.name == "data" else str(value)
-                words += ["--" + field.name.strip("_").replace("_", "-"), shown]
+                words += [option(field.name), str(value)]
         words += ["--rows", self.rows, "--lrs", self.lrs, "--seeds", str(self.seeds)]
-        words += ["--tuning-seeds", str(self.tuning_seeds), "--held-out", f"{self.held_out:g}"]
+        words += ["--tuning-seeds", str(self.tuning_seeds), "--held-out", str(self.held_out)]
+        words += ["--run-dir", str(folder)]
         return shlex.join(words)
