@@ -22,7 +22,7 @@ from fgsgd_jax.experiments._comparison_report import draw, report
 from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
 from fgsgd_jax.experiments._models._shapes import CifarShape
 from fgsgd_jax.experiments._paired import paired_difference
-from fgsgd_jax.experiments._rows import ROWS, row_config
+from fgsgd_jax.experiments._rows import ROWS, row_config, row_name
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 TINY = ["--limit-train", "80", "--limit-test", "32", "--batch-size", "32", "--epochs", "2", "--model", "tiny"]
@@ -214,12 +214,18 @@ def test_a_folder_called_digits_is_no_digits():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rows", "euc,stt"], "unknown row 'stt': did you mean 'st'?"),
+        (["--rows", "euc,stt"], "unknown scheme 'stt': did you mean 'st'?"),
+        (["--rows", "pio:sp+stiefel"], "'stiefel': did you mean 'st'?"),
+        (["--rows", "pio3,pio:sp+ob+st"], "row 'pio3' is named twice"),
+        (["--rows", "euc,euc~weight-decay=0.0005"], "rows 'euc' and 'euc~wd=0.0005' are one"),
+        (["--rows", "euc~wd=1~weight-decay=2"], "changes wd twice"),
+        (["--scheme", "st"], "--scheme is no option of `fgsgd compare`: give --rows"),
+        (["--seed=3"], "--seed is no option of `fgsgd compare`: give --seeds"),
         (["--rows", "euc,euc"], "row 'euc' is named twice"),
-        (["--rows", "euc~decay=1"], "write ~option=value with an option of wd"),
+        (["--rows", "euc~decay=1"], "did you mean 'wd'? write ~option=value with an option of wd"),
         (["--rows", "euc~wd=-1"], "--weight-decay -1.0"),
         (["--rows", "euc~wd=much"], "wd cannot be 'much'"),
-        (["--rows", "st~zeta=of"], "zeta cannot be 'of'"),
+        (["--rows", "st~zeta=of"], "zeta cannot be 'of': did you mean 'off'? there are on, late, off, clip"),
         (["--lrs", "0.1,x"], "give numbers separated by commas"),
         (["--lrs", "0.1,0.1"], "give different numbers above 0"),
         (["--seeds", "0"], "give a whole number of 1 or more"),
@@ -240,6 +246,13 @@ def test_rows_change_what_they_say_and_nothing_else():
     changed = row_config("st~zeta=clip~pooling=pio~clip=0.5", base)
     assert (changed.zeta, changed.pooling, changed.clip) == ("clip", "pio", 0.5)
     assert base.difference(row_config("pio3", base)) is None
+    assert row_name("pio:sp+ob+st~weight-decay=5e-3~zeta=off") == "pio3~wd=0.005~zeta=off"
+    assert {row_name(row) for row in ROWS} == set(ROWS)
+    # Whatever a training may be called, a row may be.
+    for name in (*ROWS, "po4", "pi:st+euc"):
+        config = TrainConfig(scheme=name).check()
+        assert config == row_config(row_name(name), base)
+        assert config.scheme == TrainConfig(scheme=config.scheme).check().scheme
     assert len({row_config(row, base).scheme for row in ROWS}) == len(ROWS)
 
 

@@ -25,6 +25,8 @@ from fgsgd_jax.experiments import (
     run,
 )
 from fgsgd_jax.experiments._checkpoints import Checkpoints
+from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
+from fgsgd_jax.experiments._models._shapes import CifarShape
 
 CONFIG = TrainConfig(epochs=2, batch_size=32, limit_train=150, limit_test=70, lr=0.03)
 STEPS = 4  # an epoch: 150 images have four whole batches
@@ -65,6 +67,11 @@ class Silent:
 
     def checkpoint(self, step, state):
         del step, state
+
+
+def tiny(num_classes, channels):
+    shape = CifarShape(blocks=1, widths=(4,))
+    return _nnx_resnet.functional(lambda rngs: _nnx_resnet.PlainNet(shape, num_classes, channels, rngs), channels)
 
 
 def quiet():
@@ -158,6 +165,20 @@ def test_what_was_logged_after_the_checkpoint_is_logged_again(trainer, undisturb
     resumed = run(CONFIG, folder, trainer=trainer, resume=True, console=quiet())
     assert bits(resumed.state) == bits(undisturbed.state)
     assert log_without_times(folder) == log_without_times(undisturbed.folder)
+
+
+def test_a_run_of_a_constant_rate_can_be_made_longer(data, tmp_path, monkeypatch):
+    """To the weights, the log and the options of a run that was as long from the beginning."""
+    monkeypatch.setitem(REGISTRY, "tiny", tiny)
+    config = dataclasses.replace(CONFIG, model="tiny", scheme="euc", schedule="constant")
+    longer = dataclasses.replace(config, epochs=3)
+    whole = run(longer, tmp_path / "whole", trainer=(three := Trainer(longer, data)), console=quiet())
+    run(config, tmp_path / "run", trainer=Trainer(config, data), console=quiet())
+    grown = run(longer, tmp_path / "run", trainer=three, resume=True, console=quiet())
+    assert bits(grown.state) == bits(whole.state)
+    assert log_without_times(tmp_path / "run") == log_without_times(tmp_path / "whole")
+    with pytest.raises(UsageError, match=r"--epochs 2: the run in .* is one of 3 epochs; .* not for fewer"):
+        run(config, tmp_path / "run", resume=True, console=quiet())
 
 
 def test_another_run_is_never_overwritten(undisturbed, trainer, tmp_path):

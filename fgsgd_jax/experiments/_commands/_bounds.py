@@ -13,12 +13,12 @@ from rich.table import Table
 import fgsgd_jax as fg
 from fgsgd_jax.bounds import Norms
 
-from .._bounds_picture import draw_bounds, largest_of
+from .._bounds_picture import draw_bounds, largest_of, no_bound
 from .._checkpoints import Checkpoints
 from .._config import TrainConfig
 from .._correlation import RESAMPLES, spearman
 from .._data import data_difference
-from .._errors import UsageError
+from .._errors import UsageError, resume_command
 from .._log import MetricsLog
 from .._measures import FORMS, PAPERS, Measurer, Measures, log10
 from .._run import CHECKPOINTS, LOG, load_for
@@ -79,13 +79,13 @@ def find(path: Path) -> tuple[Path, int | None]:
 def measured(folder: Path, step: int | None) -> tuple[int, TrainConfig, Measures]:
     """Measure a run's checkpoint: the newest where no step is given. Also the step and the run's options."""
     if not (folder / CHECKPOINTS).is_dir():
-        raise UsageError(f"the run in {folder} has no checkpoint yet; go on with it by `fgsgd train --resume`")
+        raise UsageError(f"the run in {folder} has no checkpoint yet; go on with it by `{resume_command(folder)}`")
     header, _ = MetricsLog(folder / LOG).read()
     checkpoints = Checkpoints(folder / CHECKPOINTS)
     try:
         step = checkpoints.latest() if step is None else step
         if step is None:
-            raise UsageError(f"the run in {folder} has no checkpoint yet; go on with it by `fgsgd train --resume`")
+            raise UsageError(f"the run in {folder} has no checkpoint yet; go on with it by `{resume_command(folder)}`")
         about = checkpoints.about(step)
         config = TrainConfig.from_dict(about["config"])
         data = load_for(config)
@@ -129,6 +129,8 @@ def report(measures: Measures, title: str, console: Console) -> None:
         values = [log10(getattr(getattr(measures.bounds, form), paper)) for form in FORMS]
         bounds.add_row(name, *(_number(value, ".2f") for value in values))
     console.print(bounds)
+    if reason := no_bound(measures):
+        console.print(reason, highlight=False)
     lipschitz = "none, for its gates" if measures.log_lipschitz is None else f"10^{log10(measures.log_lipschitz):.2f}"
     console.print(
         f"Lipschitz bound: {lipschitz}\n"
