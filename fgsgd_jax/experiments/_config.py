@@ -35,8 +35,8 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """L2, on Euclidean weights only: it has no effect on the manifolds."""
     schedule: ScheduleName = "cosine"
-    """The learning rate over the steps: to zero by a cosine; to a tenth at half of the steps and again at three quarters;
-    to a tenth as eq. 4 wants it; or the same throughout, and only then a run can be made longer afterwards."""
+    """The learning rate over the steps: to zero by a cosine; to a tenth at half of them and again at three quarters; to
+    a tenth as eq. 4 wants it; or the same throughout, and only then a run can be made longer afterwards."""
     seed: int = 0
     """Of the weights, the plan, the images' order and the augmentation."""
     gamma: Gamma = "glorot"
