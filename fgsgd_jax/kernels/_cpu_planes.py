@@ -13,6 +13,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -49,7 +50,7 @@ def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results
     """See `_reference.tangent`."""
 
     def of_chunk(layer: Layer) -> tuple[Array, Array]:
-        t = fusion_barrier(_Members(manifolds, layer.kind).tangent, layer.x, layer.w, 1 / layer.radius)
+        t = _Members(manifolds, layer.kind).apart(_Members.tangent, layer.x, layer.w, 1 / layer.radius)
         return t, _sum(jnp.square(t))
 
     return _by_chunks(of_chunk, layers)
@@ -63,7 +64,7 @@ def step(
     def of_chunk(layer: Layer) -> tuple[Array, Array]:
         on, inverse = _Members(manifolds, layer.kind), 1 / layer.radius
         v = layer.w if is_tangent else on.tangent(layer.x, layer.w, inverse)
-        ratio, y = fusion_barrier(on.ambient, layer.x, v, factor, inverse)
+        ratio, y = on.apart(_Members.ambient, layer.x, v, factor, inverse)
         growth = jnp.ones_like(inverse) if layer.new_radius is None else layer.new_radius * inverse
         displacement = on.displacement(layer.x, y, on.but_euclidean(layer.radius), growth)
         return displacement, jnp.where(on.euclidean, 0, ratio)
@@ -96,6 +97,13 @@ class _Members:
     def __init__(self, manifolds: tuple[Manifold, ...], kind: Array | None):
         self.manifolds, self.kind = manifolds, kind
 
+    def apart(self, function: Callable[..., Any], *args: Array) -> Any:
+        """`function(self, *args)` behind a fusion barrier."""
+        if self.kind is None:
+            return fusion_barrier(functools.partial(function, self), *args)
+        # `kind` is an argument: what a barrier returns differs between devices where any of its arguments does.
+        return fusion_barrier(lambda kind, *args: function(_Members(self.manifolds, kind), *args), self.kind, *args)
+
     def _of(self, cls: type[Manifold]) -> Bool[Array, "1 1 #count"]:
         """Which matrices are of this class."""
         found = [type(manifold) is cls for manifold in self.manifolds]
@@ -120,14 +128,13 @@ class _Members:
         """`g - x C(xᵀg)/s²`."""
         if not self._has_stiefel:
             return g - x * (self._lengths(x * g, 0.0) * jnp.square(inverse))
-        core = fusion_barrier(lambda x, g: self._core(x, g) * jnp.square(inverse), x, g)
-        return g - matmul(x, core)
+        return g - matmul(x, self.apart(_Members._core, x, g, inverse))
 
-    def _core(self, x: Array, g: Array) -> Float[Array, "p p count"]:
+    def _core(self, x: Array, g: Array, inverse: Array) -> Float[Array, "p p count"]:
         products = gram(x, g)
         diagonal = identity(products) * self._lengths(x * g, 0.0)
         symmetric = (products + jnp.swapaxes(products, 0, 1)) / 2
-        return jnp.where(self._of(Stiefel), symmetric, diagonal)
+        return jnp.where(self._of(Stiefel), symmetric, diagonal) * jnp.square(inverse)
 
     def ambient(self, x: Array, v: Array, factor: Array, inverse: Array) -> tuple[Array, Array]:
         """‖v‖/s of `factor` times v, and `y = (x + factor v)/s`."""
@@ -141,16 +148,16 @@ class _Members:
         usable = jnp.ones((1, 1, 1), bool)
         if self._has_stiefel:
             y, usable = self._polar(y)
-
-        def displacement(x, y, usable):
-            squares = self._lengths(jnp.square(y), 1.0)
-            # Sphere and oblique: a tangent step gives at least 1.
-            info = jnp.finfo(x.dtype)
-            fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares) & usable
-            point = jnp.where(fine, y / jnp.sqrt(jnp.where(fine, squares, 1)), self._point(x / radius))
-            return point * (radius * growth) - x
-
-        return fusion_barrier(displacement, x, y, usable)
+        squares = self.apart(lambda on, y: on._lengths(jnp.square(y), 1.0), y)
+        # Sphere and oblique: a tangent step gives at least 1.
+        info = jnp.finfo(x.dtype)
+        fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares) & usable
+        scale = radius * growth / jnp.sqrt(jnp.where(fine, squares, 1))
+        return lax.cond(
+            jnp.all(fine),
+            lambda: y * scale - x,
+            lambda: jnp.where(fine, y * scale, self._point(x / radius) * (radius * growth)) - x,
+        )
 
     def _point(self, x: Array) -> Array:
         """`x`, or some point where it is none by its length."""
@@ -163,7 +170,7 @@ class _Members:
 
     def _polar(self, y: Array) -> tuple[Array, Bool[Array, "1 1 count"]]:
         """`y` with the polar factors of its Stiefel matrices, and which converged: see `linalg.orthonormalize`."""
-        stiefel, enough = self._of(Stiefel), exact_below(y.dtype)
+        enough = exact_below(y.dtype)
 
         def unfinished(carry):
             _, bound, turns = carry
@@ -173,18 +180,19 @@ class _Members:
             y, _, turns = carry
             e = fusion_barrier(lambda y: gram(y, y) - identity(y[: y.shape[1]]), y)
             square = fusion_barrier(matmul, e, e)
-            root, bound = fusion_barrier(inverse_root, e, square)
+            root, bound = self.apart(_Members._inverse_root, e, square)
             return fusion_barrier(lambda y, root: y + matmul(y, root), y, root), bound, turns + 1
-
-        def inverse_root(e, square):
-            root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
-            bound = jnp.sqrt(jnp.sqrt(_sum(jnp.square(square))))
-            return jnp.where(stiefel, root, 0), jnp.where(stiefel, bound, 0)
 
         # Made of y, so that in `shard_map` it differs between devices where y does.
         start = jnp.inf + 0 * y[:1, :1]
         y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
         return y, bound <= enough
+
+    def _inverse_root(self, e: Array, square: Array) -> tuple[Array, Array]:
+        """The polynomial less I, and a bound of ‖e‖₂; no change of matrices that are not Stiefel."""
+        root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
+        bound = jnp.sqrt(jnp.sqrt(_sum(jnp.square(square))))
+        return jnp.where(self._of(Stiefel), root, 0), jnp.where(self._of(Stiefel), bound, 0)
 
     def _lengths(self, entries: Array, otherwise: float) -> Float[Array, "1 p count"]:
         """Sums over the columns of oblique matrices, over all of those on spheres, and `otherwise`."""
