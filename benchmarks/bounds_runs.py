@@ -16,6 +16,7 @@ def last(folder: Path) -> dict:
     record = records[-1]
     return {
         "options": header["config"] | {"data": Path(header["config"]["data"]).name},
+        "content": header["data"],
         "versions": header["versions"],
         "epoch": record["epoch"],
         "bounds": record["bounds"],

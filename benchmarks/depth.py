@@ -190,6 +190,7 @@ def main():
     path = options.json or Path(f"benchmarks/results/depth_{Path(data.name).name}_{options.depth}.json")
     about = {
         "data": Path(data.name).name,
+        "content": data.fingerprint(),
         "images": len(images),
         "size": images.shape[1],
         "depth": options.depth,

@@ -10,14 +10,17 @@ import scipy.stats
 
 pytest.importorskip("tyro")
 
+from matplotlib.figure import Figure
+
 import fgsgd_jax as fg
-from fgsgd_jax.bounds import Chain, Sum
+from fgsgd_jax.bounds import Chain, GeneralizationBounds, LogBounds, Sum
 from fgsgd_jax.experiments import TrainConfig, Trainer, _run, build, load
 from fgsgd_jax.experiments.__main__ import main
+from fgsgd_jax.experiments._bounds_picture import draw_bounds
 from fgsgd_jax.experiments._commands import _bounds
 from fgsgd_jax.experiments._correlation import spearman
 from fgsgd_jax.experiments._log import MetricsLog
-from fgsgd_jax.experiments._measures import Measurer, geometries, structure
+from fgsgd_jax.experiments._measures import Measurer, Measures, geometries, structure
 from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
 from fgsgd_jax.experiments._models._shapes import CifarShape
 
@@ -126,6 +129,27 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(runs, refused, tmp_pat
     assert not (bare / "checkpoints").exists()
 
 
+def test_runs_are_told_apart_by_content(refused, tmp_path):
+    """The same log under another name is the same run; gaps of other test images are other gaps."""
+    data = {"train": {"shape": [64], "crc32": 1}, "test": {"shape": [48], "crc32": 2}, "classes": ["a", "b"]}
+    record = {"epoch": 1, "step": 2, "train": {"loss": 1.0, "error": 9.0}, "test": {"loss": 1.0, "error": 9.0}}
+
+    def logged(name, seed, data):
+        (tmp_path / name).mkdir()
+        header = {"config": TrainConfig(seed=seed).to_dict()} | ({} if data is None else {"data": data})
+        MetricsLog(tmp_path / name / "metrics.jsonl").create(header)
+        MetricsLog(tmp_path / name / "metrics.jsonl").append(record | {"norms": {}})
+        return tmp_path / name
+
+    one, two = logged("one", 0, data), logged("two", 1, data | {"train": {"shape": [32], "crc32": 7}})
+    copy, other = logged("copy", 0, data), logged("other", 2, data | {"test": {"shape": [48], "crc32": 3}})
+    assert "names a run twice" in refused("bounds", "--correlate", one, two, copy)
+    said = refused("bounds", "--correlate", one, two, other)
+    assert "was not tested on the images that" in said
+    assert "test images: 48 with checksum 00000003, was 48 with checksum 00000002" in said
+    assert "no checksum of its data" in refused("bounds", "--correlate", one, two, logged("old", 3, None))
+
+
 # --- what they are made of
 
 
@@ -212,3 +236,23 @@ def test_spearmans_interval_covers_and_infinite_bounds_have_a_rank():
     assert covered >= 50
     assert spearman(np.array([1.0, 2.0, math.inf]), np.array([0.0, 1.0, 2.0])).rho == pytest.approx(1)
     assert math.isnan(spearman(np.ones(3), np.arange(3.0)).rho)
+
+
+@pytest.mark.parametrize(("margin", "said"), [(-0.25, "margin γ = -0.25 is not above 0"), (0.5, None)])
+def test_bars_without_an_end_say_so(margin, said, tmp_path, monkeypatch):
+    endless = LogBounds(math.inf, math.inf, math.inf)
+    found = LogBounds(1.0, 2.0, 3.0)
+    bounds = GeneralizationBounds(found, found, endless if said else found, margin, 0.1)
+    measures = Measures({}, {}, None, None, bounds, 0.0, 10.0)
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: None)
+    draw_bounds(measures, "title", tmp_path / "bounds.png")
+    bars = drawn[0].axes[-1]
+    words = [text.get_text() for text in bars.texts]
+    assert "inf" not in words
+    assert words.count("∞") == (3 if said else 0)
+    assert (said or "") in bars.get_xlabel()
+    if said:
+        assert {bar.get_hatch() for bar in bars.patches} == {None, "///"}
+        assert all(bar.get_height() > 0 for bar in bars.patches)

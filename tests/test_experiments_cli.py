@@ -17,8 +17,9 @@ from rich.console import Console
 
 from fgsgd_jax.experiments import TrainConfig, Trainer, _run, load
 from fgsgd_jax.experiments.__main__ import main
+from fgsgd_jax.experiments._commands._train import Train
 from fgsgd_jax.experiments._log import MetricsLog
-from fgsgd_jax.experiments._progress import ProgressDisplay, epoch_line
+from fgsgd_jax.experiments._progress import ProgressDisplay, epoch_line, legend
 from fgsgd_jax.experiments._state import Glance, Totals, Zeta
 
 TINY = ["--limit-train", "64", "--limit-test", "32", "--batch-size", "32", "--epochs", "1", "--scheme", "euc"]
@@ -52,6 +53,8 @@ def compile_once(monkeypatch, compiled):
         (["--model", "resnet21"], "unknown model 'resnet21': did you mean 'resnet"),
         (["--scheme", "pio:sp+stiefel"], "unknown manifold in the scheme 'pio:sp+stiefel'"),
         (["--scheme", "fgsgd"], "unknown scheme 'fgsgd'"),
+        (["--scheme", "Stiefel"], "unknown scheme 'Stiefel': did you mean 'st'?"),
+        (["--scheme", "pioo:sp+st"], "unknown scheme 'pioo:sp+st': did you mean 'pio:sp+st'?"),
         (["--batch-size", "2000"], "--batch-size 2000 is more than the 1000 training images"),
         (["--lr", "-1"], "--lr -1.0: give a number above 0"),
         (["--checkpoint-every", "0"], "--checkpoint-every 0: give a whole number"),
@@ -80,30 +83,61 @@ def test_a_line_that_cannot_be_read_ends_with_2(arguments, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_help_names_every_command(capsys):
+def test_a_misspelled_command_is_one_line(refused):
+    assert "unknown command 'tarin': did you mean 'train'?" in refused("tarin")
+
+
+def options_in_help(capsys, *arguments):
     with pytest.raises(SystemExit) as ended:
-        main(["--help"])
+        main([*arguments, "--help"])
     assert not ended.value.code
-    assert {"train", "demo"} <= set(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+def test_help_is_of_its_command_alone(capsys):
+    out = options_in_help(capsys)
+    assert {"train", "demo"} <= set(out.split())
+    assert "--lr" not in out
+    train, compare = (set(options_in_help(capsys, name).split()) for name in ("train", "compare"))
+    assert {"--scheme", "--lr", "--seed", "--validation", "--resume", "--data"} <= train
+    assert not {"--rows", "--lrs", "--seeds"} & train
+    assert {"--rows", "--lrs", "--seeds", "--held-out", "--data", "--epochs"} <= compare
+    # Options that a row, a rate of the grid or a number of seeds stands for here.
+    assert not {"--scheme", "--lr", "--seed", "--validation", "--resume"} & compare
+
+
+def test_one_vocabulary_for_schemes(tmp_path):
+    """The same training under two names has one folder and one plan."""
+    short, full = (Train(TrainConfig(scheme=name)) for name in ("pio3", "pio:sp+ob+st"))
+    assert short.folder() == full.folder()
+    assert short.config.check() == full.config.check()
+    assert TrainConfig(scheme="pio3").difference(TrainConfig()) is None
 
 
 def test_train_prints_lines_resumes_and_never_overwrites(capsys, refused, tmp_path):
     main(["train", *TINY])
     folder = tmp_path / "runs" / "digits-resnet8-euc-seed0"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("epoch 1/1  loss ")
+    assert lines[0].startswith("loss, error: of the epoch's training images")
+    assert lines[1].startswith("epoch 1/1  loss ")
     assert lines[-1].endswith("picture: runs/digits-resnet8-euc-seed0/picture.png")
     assert all(len(line) <= 80 for line in lines[:-1])
     assert (folder / "picture.png").exists()
     log = (folder / "metrics.jsonl").read_bytes()
 
-    assert "already holds something" in refused("train", *TINY)
+    said = refused("train", *TINY)
+    assert "already holds something" in said
+    assert "`fgsgd train --run-dir runs/digits-resnet8-euc-seed0 --resume`" in said
     # Options left out are the run's own; the run is over, and stays as it is.
     main(["train", "--resume", "--run-dir", str(folder)])
-    assert "resuming after step 2 of 2" in capsys.readouterr().out
+    assert f"resuming the run in {folder} after step 2 of 2" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == log
     said = refused("train", "--resume", "--run-dir", str(folder), "--momentum", "0.8")
     assert "--momentum is 0.8, was 0.9" in said
+    # The cosine of two epochs is no beginning of another.
+    said = refused("train", "--resume", "--run-dir", str(folder), "--epochs", "2")
+    assert "drawn over 1 epochs (--schedule cosine)" in said
+    assert "--schedule constant" in said
     assert (folder / "metrics.jsonl").read_bytes() == log
 
 
@@ -130,11 +164,19 @@ def test_an_interruption_names_its_remedy(capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_run, "load", interrupt)
-    with pytest.raises(SystemExit) as ended:
-        main(["train", *TINY])
-    assert ended.value.code == 130
-    assert "--resume" in capsys.readouterr().err
+    def interrupted(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *TINY, *arguments])
+        assert ended.value.code == 130
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_run, "load", interrupt)
+        # Before the run has a log there is nothing to go on with.
+        assert interrupted() == "fgsgd: interrupted\n"
+    monkeypatch.setattr(_run, "fit", interrupt)
+    said = interrupted("--run-dir", "my run", "--checkpoint-every", "1")
+    assert "`fgsgd train --run-dir 'my run' --resume --checkpoint-every 1` goes on from the last checkpoint" in said
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
@@ -214,6 +256,10 @@ def test_an_epochs_line_has_no_constraints_where_there_are_none():
     assert epoch_line(record, 10) == "epoch  3/10  loss 0.500/0.250  error 1.25/2.00%"
     constrained = record | {"violation": 1e-7, "zeta_share": 0.25, "step_ratio": 0.5}
     assert epoch_line(constrained, 10).endswith(" viol 1e-07 ζ>1 25% |v|/s 0.5")
+    explained = " ".join(legend(constrained=True))
+    assert all(len(line) <= 80 for line in legend(constrained=True))
+    assert all(f"{name}: " in explained for name in ("viol", "ζ>1", "|v|/s"))
+    assert "viol" not in " ".join(legend(constrained=False))
 
 
 def test_lines_of_the_log_are_json_even_where_figures_are_not_numbers(tmp_path):

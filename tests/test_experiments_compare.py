@@ -3,21 +3,26 @@
 import json
 import pathlib
 import re
+import shlex
+import shutil
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 pytest.importorskip("tyro")
+import datasets
+import PIL.Image
 
 from fgsgd_jax.experiments import TrainConfig, _compare
 from fgsgd_jax.experiments.__main__ import main
+from fgsgd_jax.experiments._augment import resolve
 from fgsgd_jax.experiments._compare import chosen_rate
 from fgsgd_jax.experiments._comparison_report import draw, report
 from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
 from fgsgd_jax.experiments._models._shapes import CifarShape
 from fgsgd_jax.experiments._paired import paired_difference
-from fgsgd_jax.experiments._rows import ROWS, row_config
+from fgsgd_jax.experiments._rows import ROWS, row_config, row_name
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 TINY = ["--limit-train", "80", "--limit-test", "32", "--batch-size", "32", "--epochs", "2", "--model", "tiny"]
@@ -107,7 +112,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkey
         )
 
     assert sorted_without_times(results(there)) == sorted_without_times(found)
-    assert "holds another comparison" in refused(*COMPARE, "--epochs", "3", "--run-dir", there)
+    assert "holds another comparison (--epochs is 3, was 2)" in refused(*COMPARE, "--epochs", "3", "--run-dir", there)
     # Rows and seeds may be others: a report of fewer is one of what is there.
     main(
         [
@@ -134,15 +139,93 @@ def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkey
     assert "cannot be read" in refused(*COMPARE, "--run-dir", there)
 
 
+def folder_of(root, classes, seed):
+    """Images of 8×8 in a folder each, called `fashion` whatever is in them."""
+    rng = np.random.default_rng(seed)
+    for split, each in (("train", 40), ("test", 8)):
+        for name in classes:
+            (root / "fashion" / split / name).mkdir(parents=True)
+            for number in range(each):
+                pixels = rng.integers(0, 256, (8, 8), np.uint8)
+                PIL.Image.fromarray(pixels).save(root / "fashion" / split / name / f"{number}.png")
+    return str(root / "fashion")
+
+
+def test_results_go_by_the_content_of_their_data_and_not_by_its_folders_name(tmp_path, monkeypatch, refused, capsys):
+    monkeypatch.setitem(REGISTRY, "tiny", tiny)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(_compare, "_train", lambda trainer, lr, seed: trained(lr, seed))
+    there = tmp_path / "it's here"
+    options = ["--model", "tiny", "--batch-size", "32", "--epochs", "2", "--seeds", "2", "--tuning-seeds", "1"]
+    compare = ["compare", *options, "--lrs", "0.01,0.1", "--run-dir", str(there)]
+    one, other = folder_of(tmp_path / "one", ["a", "b"], 0), folder_of(tmp_path / "other", ["a", "b"], 1)
+    main([*compare, "--data", one, "--rows", "euc"])
+    before = (there / "results.json").read_bytes()
+
+    said = refused(*compare, "--data", other, "--rows", "euc,st")
+    assert "holds a comparison on other data (training images: 80×8×8×1 with checksum" in said
+    assert (there / "results.json").read_bytes() == before
+    fewer = folder_of(tmp_path / "fewer", ["a", "b", "c"], 2)
+    assert "classes: 3 (a, b, c), was 2 (a, b)" in refused(*compare, "--data", fewer, "--rows", "euc,st")
+
+    # The same images elsewhere, under another name.
+    shutil.copytree(one, tmp_path / "moved")
+    main([*compare, "--data", str(tmp_path / "moved"), "--rows", "euc,st"])
+    assert len(results(there)["trainings"]) == 8
+    text = (there / "report.md").read_text()
+    assert f"checksum {results(there)['data']['train']['crc32']:08x}" in text
+
+    # The command of the report runs as printed, and finds that everything is there.
+    command = shlex.split(re.search(r"```\n(.*)\n```", text)[1])
+    monkeypatch.setattr(_compare, "_train", lambda *_: pytest.fail("trains again"))
+    main(command[1:])
+    assert (there / "report.md").read_text() == text
+
+    # As the versions before this one left it.
+    old = {name: value for name, value in results(there).items() if name != "data"}
+    (there / "results.json").write_text(json.dumps(old))
+    assert "have no checksum of their data" in refused(*compare, "--data", one, "--rows", "euc,st")
+
+
+def trained(lr, seed):
+    return {"error": 10 * lr + seed % 10, "loss": lr, "train_loss": [1.0, lr], "train_error": [9.0, lr], "seconds": 1.0}
+
+
+def test_trainings_under_other_versions_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setitem(REGISTRY, "tiny", tiny)
+    monkeypatch.setattr(_compare, "_train", lambda trainer, lr, seed: trained(lr, seed))
+    compare = ["compare", *TINY, "--lrs", "0.1", "--seeds", "1", "--run-dir", str(tmp_path / "run")]
+    main([*compare, "--rows", "euc"])
+    first = results(tmp_path / "run")["versions"]
+    monkeypatch.setattr(_compare, "versions", lambda: first | {"jax": "99.0"})
+    main([*compare, "--rows", "euc,st"])
+    found = results(tmp_path / "run")
+    assert found["versions"] == first
+    assert [t.get("versions", {}).get("jax") for t in found["trainings"]] == [None, "99.0"]
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert re.search(r"Trainings of st in part: .*jax 99\.0", text)
+
+
+def test_a_folder_called_digits_is_no_digits():
+    assert resolve("auto", "digits") == "crop"
+    assert resolve("auto", "photos/digits") == "crop-flip"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rows", "euc,stt"], "unknown row 'stt': did you mean 'st'?"),
+        (["--rows", "euc,stt"], "unknown scheme 'stt': did you mean 'st'?"),
+        (["--rows", "pio:sp+stiefel"], "'stiefel': did you mean 'st'?"),
+        (["--rows", "pio3,pio:sp+ob+st"], "row 'pio3' is named twice"),
+        (["--rows", "euc,euc~weight-decay=0.0005"], "rows 'euc' and 'euc~wd=0.0005' are one"),
+        (["--rows", "euc~wd=1~weight-decay=2"], "changes wd twice"),
+        (["--scheme", "st"], "--scheme is no option of `fgsgd compare`: give --rows"),
+        (["--seed=3"], "--seed is no option of `fgsgd compare`: give --seeds"),
         (["--rows", "euc,euc"], "row 'euc' is named twice"),
-        (["--rows", "euc~decay=1"], "write ~option=value with an option of wd"),
+        (["--rows", "euc~decay=1"], "did you mean 'wd'? write ~option=value with an option of wd"),
         (["--rows", "euc~wd=-1"], "--weight-decay -1.0"),
         (["--rows", "euc~wd=much"], "wd cannot be 'much'"),
-        (["--rows", "st~zeta=of"], "zeta cannot be 'of'"),
+        (["--rows", "st~zeta=of"], "zeta cannot be 'of': did you mean 'off'? there are on, late, off, clip"),
         (["--lrs", "0.1,x"], "give numbers separated by commas"),
         (["--lrs", "0.1,0.1"], "give different numbers above 0"),
         (["--seeds", "0"], "give a whole number of 1 or more"),
@@ -163,6 +246,13 @@ def test_rows_change_what_they_say_and_nothing_else():
     changed = row_config("st~zeta=clip~pooling=pio~clip=0.5", base)
     assert (changed.zeta, changed.pooling, changed.clip) == ("clip", "pio", 0.5)
     assert base.difference(row_config("pio3", base)) is None
+    assert row_name("pio:sp+ob+st~weight-decay=5e-3~zeta=off") == "pio3~wd=0.005~zeta=off"
+    assert {row_name(row) for row in ROWS} == set(ROWS)
+    # Whatever a training may be called, a row may be.
+    for name in (*ROWS, "po4", "pi:st+euc"):
+        config = TrainConfig(scheme=name).check()
+        assert config == row_config(row_name(name), base)
+        assert config.scheme == TrainConfig(scheme=config.scheme).check().scheme
     assert len({row_config(row, base).scheme for row in ROWS}) == len(ROWS)
 
 

@@ -25,6 +25,8 @@ from fgsgd_jax.experiments import (
     run,
 )
 from fgsgd_jax.experiments._checkpoints import Checkpoints
+from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
+from fgsgd_jax.experiments._models._shapes import CifarShape
 
 CONFIG = TrainConfig(epochs=2, batch_size=32, limit_train=150, limit_test=70, lr=0.03)
 STEPS = 4  # an epoch: 150 images have four whole batches
@@ -65,6 +67,11 @@ class Silent:
 
     def checkpoint(self, step, state):
         del step, state
+
+
+def tiny(num_classes, channels):
+    shape = CifarShape(blocks=1, widths=(4,))
+    return _nnx_resnet.functional(lambda rngs: _nnx_resnet.PlainNet(shape, num_classes, channels, rngs), channels)
 
 
 def quiet():
@@ -158,6 +165,20 @@ def test_what_was_logged_after_the_checkpoint_is_logged_again(trainer, undisturb
     resumed = run(CONFIG, folder, trainer=trainer, resume=True, console=quiet())
     assert bits(resumed.state) == bits(undisturbed.state)
     assert log_without_times(folder) == log_without_times(undisturbed.folder)
+
+
+def test_a_run_of_a_constant_rate_can_be_made_longer(data, tmp_path, monkeypatch):
+    """To the weights, the log and the options of a run that was as long from the beginning."""
+    monkeypatch.setitem(REGISTRY, "tiny", tiny)
+    config = dataclasses.replace(CONFIG, model="tiny", scheme="euc", schedule="constant")
+    longer = dataclasses.replace(config, epochs=3)
+    whole = run(longer, tmp_path / "whole", trainer=(three := Trainer(longer, data)), console=quiet())
+    run(config, tmp_path / "run", trainer=Trainer(config, data), console=quiet())
+    grown = run(longer, tmp_path / "run", trainer=three, resume=True, console=quiet())
+    assert bits(grown.state) == bits(whole.state)
+    assert log_without_times(tmp_path / "run") == log_without_times(tmp_path / "whole")
+    with pytest.raises(UsageError, match=r"--epochs 2: the run in .* is one of 3 epochs; .* not for fewer"):
+        run(config, tmp_path / "run", resume=True, console=quiet())
 
 
 def test_another_run_is_never_overwritten(undisturbed, trainer, tmp_path):
@@ -301,7 +322,7 @@ def test_every_test_image_counts_exactly_once(trainer, data):
     loss, error = trainer.evaluate(state)
     train, test = data.train.images / 1.0, data.test.images / 1.0
     images = jnp.asarray((test - train.mean()) / train.std(), jnp.float32)
-    logits, *_ = trainer._model.apply(state.params, state.stats, images, False, False)
+    logits, *_ = trainer._model.apply(state.params, trainer.averages(state), images, False, False)
     log_likelihood = jax.nn.log_softmax(logits)[jnp.arange(70), data.test.labels]
     np.testing.assert_allclose(loss, -log_likelihood.mean(), rtol=1e-5)
     assert error == 100 * np.mean(np.asarray(logits).argmax(1) != data.test.labels)
@@ -320,12 +341,30 @@ def test_a_batch_larger_than_the_data_is_refused(data):
         Trainer(dataclasses.replace(CONFIG, batch_size=151), data)
 
 
-def test_evaluation_knows_nothing_of_the_averages_start(trainer):
-    state = trainer.start(0)
-    found = trainer.averages(trainer.advance(trainer.start(0), trainer.order(state), 2))
-    # Two steps from elsewhere: what they began with is 0.81 of the averages, and must not show.
-    other = state._replace(stats=jax.tree.map(jnp.zeros_like, state.stats))
-    raw = trainer.advance(trainer.devices.whole(other), trainer.order(state), 2).stats
-    for (path, average), plain in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(raw), strict=True):
-        expected = np.asarray(plain) / (1 - 0.9**2)
-        np.testing.assert_allclose(average, expected, rtol=1e-4, atol=1e-5, err_msg=str(path))
+def test_evaluation_is_of_the_weights_as_they_are(trainer, data):
+    """And not of the averages of the training, which are of weights of many steps past."""
+    state = trainer.advance(trainer.start(0), trainer.order(trainer.start(0)), 1)
+    other = state._replace(stats=jax.tree.map(lambda leaf: leaf + 7, state.stats))
+    assert trainer.evaluate(state) == trainer.evaluate(other)
+    # The stem's features, of the batches by hand.
+    rows = np.concatenate([np.asarray(each) for each in trainer._measured_on])
+    assert len(rows) == len(set(rows.tolist())) == STEPS * CONFIG.batch_size
+    assert np.bincount(data.train.labels[rows]).min() >= 12
+    images = data.train.images / 1.0
+    images = jnp.asarray((images - images.mean()) / images.std(), jnp.float32)
+    features = jax.lax.conv_general_dilated(
+        images[rows], state.params["stem"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    found = trainer.averages(state)["stem_norm"]
+    np.testing.assert_allclose(found["mean"], features.mean((0, 1, 2)), rtol=1e-3, atol=1e-6)
+    of_batches = np.asarray(features).reshape(STEPS, -1, features.shape[-1]).var(axis=1).mean(axis=0)
+    np.testing.assert_allclose(found["var"], of_batches, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_short_runs_are_tested_as_well_as_they_are_trained(tmp_path):
+    """Fourteen steps at a large rate: averages of the training are still far from the weights here."""
+    config = TrainConfig(epochs=2, lr=0.1)
+    trainer = Trainer(config, load("digits"))
+    last = run(config, tmp_path / "run", trainer=trainer, console=quiet()).records[-1]
+    assert last["test"]["error"] < last["train"]["error"] + 5

@@ -56,7 +56,7 @@ def test_a_full_disk_is_said_and_costs_the_new_checkpoint_only(tmp_path):
     script = f'{mount} "$1" && exec "$2" "$3" full "$1/run"'
     found = trained(unshare, "-rm", "sh", "-c", script, "sh", str(tmp_path), sys.executable, str(KILLED))
     assert "No space left on device" in found["said"]
-    assert "make room and go on by --resume" in found["said"]
+    assert "make room and go on by --resume: `fgsgd train --run-dir " in found["said"]
     assert found["exit"] == 0
     assert found["saved"]
     assert found["resumed"] == found["saved"][-1] < found["reached"]

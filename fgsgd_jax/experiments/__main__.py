@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 USAGE_ERROR = 2
@@ -26,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (error.name or "fgsgd_jax").partition(".")[0] == "fgsgd_jax":
             raise
         _fail(f'the package {error.name!r} is missing: pip install "fgsgd-jax[experiments]"', USAGE_ERROR)
-    except KeyboardInterrupt:
-        _fail("interrupted; `fgsgd train --run-dir DIR --resume` goes on from the last checkpoint", INTERRUPTED)
+    except KeyboardInterrupt as interruption:
+        # The command says what to do about it, where there is anything.
+        _fail("; ".join(["interrupted", *map(str, interruption.args)]), INTERRUPTED)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -36,25 +37,46 @@ def _dispatch(arguments: list[str]) -> None:
     from rich.console import Console
 
     from ._commands import COMMANDS
-    from ._errors import LostProcessError, UsageError
+    from ._errors import LostProcessError, UsageError, unknown
 
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="fgsgd",
-            description="Train networks whose weights stay on their manifolds.",
-            args=arguments,
-        )
+        if not arguments or arguments[0].startswith("-"):
+            # Of the commands' own options this knows nothing: `fgsgd COMMAND --help` does.
+            tyro.extras.subcommand_cli_from_dict(
+                {name: _described(command) for name, command in COMMANDS.items()},
+                prog="fgsgd",
+                description="Train networks whose weights stay on their manifolds. Options: `fgsgd COMMAND --help`.",
+                args=arguments,
+            )
+            return
+        name, *options = arguments
+        if name not in COMMANDS:
+            raise unknown("command", name, COMMANDS)
+        kind = COMMANDS[name]
+        for given in options:
+            if (word := given.partition("=")[0].replace("_", "-")) in kind.instead:
+                raise UsageError(f"{word} is no option of `fgsgd {name}`: give {kind.instead[word]}")
+        command = tyro.cli(kind, prog=f"fgsgd {name}", args=options)
         if (defaults := command.defaults()) is not None:
-            name, *options = arguments
-            command = tyro.cli(type(command), prog=f"fgsgd {name}", default=defaults, args=options)
+            command = tyro.cli(kind, prog=f"fgsgd {name}", default=defaults, args=options)
         command.run(Console())
     except UsageError as error:
-        _fail(str(error), USAGE_ERROR)
+        _say(str(error))
+        if error.program:
+            print("\n" + error.program, file=sys.stderr, flush=True)
+        sys.exit(USAGE_ERROR)
     except LostProcessError as error:
         _say(str(error))
         # Leaving in the usual way waits for the others, one of whom is gone.
         os._exit(LOST_PROCESS)
+
+
+def _described(command: type) -> Callable[[], None]:
+    def nothing() -> None:
+        pass
+
+    nothing.__doc__ = command.__doc__
+    return nothing
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -9,7 +9,12 @@ Augmentation = Literal["auto", "none", "crop", "crop-flip"]
 
 
 def resolve(name: Augmentation, data: str) -> Augmentation:
-    """What `auto` stands for: crops and flips, but no flips of digits, which would become other signs."""
+    """What `auto` stands for: crops and flips, but no flips of the built-in digits, which would become other signs.
+
+    Args:
+        name: the option.
+        data: the option `--data`. A folder that is called digits is `…/digits` and may hold anything.
+    """
     if name != "auto":
         return name
     return "crop" if data == "digits" else "crop-flip"

@@ -64,6 +64,15 @@ def _draw_operators(axes: Axes, measures: Measures) -> None:
     axes.legend(fontsize="small")
 
 
+def no_bound(measures: Measures) -> str | None:
+    """Why the bounds of the papers are infinite, where they are."""
+    if not np.isposinf(list(measures.bounds.papers)).any():
+        return None
+    if measures.bounds.margin > 0:
+        return "∞: a norm of the network is not finite"
+    return f"∞: no bound, since the margin γ = {measures.bounds.margin:.3g} is not above 0"
+
+
 def _layers(axes: Axes) -> None:
     _logarithmic(axes)
     axes.set_xlabel("layer")
@@ -75,13 +84,24 @@ def _draw_generalization(axes: Axes, measures: Measures) -> None:
     # Products over groups are of another order, and bounds of nothing: the table has them.
     forms = {form: label for form, label in FORMS.items() if form != "groups"}
     width, places = 0.8 / len(forms), np.arange(len(PAPERS))
+    values = {
+        form: np.array([log10(getattr(getattr(measures.bounds, form), paper)) for paper in PAPERS]) for form in forms
+    }
+    finite = [value for of_form in values.values() for value in of_form if np.isfinite(value)]
+    top = 1.2 * max([1.0, *finite])
     for number, (form, label) in enumerate(forms.items()):
-        values = [log10(getattr(getattr(measures.bounds, form), paper)) for paper in PAPERS]
-        shown = [value if np.isfinite(value) else 0 for value in values]
+        endless = np.isposinf(values[form])
+        # A bar up to the top, hatched, is no number; none at all is what the network does not have.
+        shown = np.where(endless, top, np.where(np.isfinite(values[form]), values[form], 0))
         bars = axes.bar(
             places + (number - (len(forms) - 1) / 2) * width, shown, width, label=label, color=COLOURS[number]
         )
-        axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize="small")
+        for bar in (bar for bar, none in zip(bars, endless, strict=True) if none):
+            bar.set(hatch="///", alpha=0.35)
+        words = ["∞" if none else f"{value:.1f}" for none, value in zip(endless, values[form], strict=True)]
+        axes.bar_label(bars, words, fontsize="small")
+    if reason := no_bound(measures):
+        axes.set_xlabel(reason)
     axes.axhline(0, color="gray", linewidth=1)
     axes.margins(y=0.15)
     axes.set_xticks(places, PAPERS.values())

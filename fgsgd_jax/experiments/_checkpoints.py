@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ._errors import UsageError
+from ._errors import UsageError, resume_command
 from ._state import TrainState
 
 KEPT = 2
@@ -52,7 +52,7 @@ class Checkpoints:
                 raise
             raise UsageError(
                 f"checkpoint {self.folder / str(step)} cannot be written ({_reason(error)}); the ones before it are "
-                "whole: make room and go on by --resume"
+                f"whole: make room and go on by --resume: `{resume_command(self.folder.parent)}`"
             ) from error
 
     def latest(self) -> int | None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 
 import fgsgd_jax as fg
 
+from ._augment import resolve
 from ._config import TrainConfig
-from ._data import ImageSet
+from ._data import ImageSet, check, data_difference, hold_out
 from ._errors import UsageError
 from ._fit import fit
 from ._log import Record, finite
@@ -41,8 +43,10 @@ class Comparison:
     held_out: float
 
     def to_dict(self) -> Record:
-        """As JSON reads it, of a folder of images its name: the path is of one machine."""
-        base = dataclasses.replace(self.base, data=Path(self.base.data).name)
+        """As JSON reads it. A folder of images goes by its name, for people: its path is of one machine."""
+        base = dataclasses.replace(
+            self.base, data=Path(self.base.data).name, augment=resolve(self.base.augment, self.base.data)
+        )
         return dataclasses.asdict(self) | {
             "base": dataclasses.asdict(base),
             "rows": list(self.rows),
@@ -52,6 +56,9 @@ class Comparison:
 
 def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) -> list[Record]:
     """Train everything that the folder has no result of yet. Rows and seeds may be added to what it has.
+
+    Results go by the content of their data, wherever that lies and whatever its folder is called: the checksums of all
+    images and labels must be those of the results that are there.
 
     For each row and rate of the grid the tuning seeds train on the training images but a share, on which they are then
     tested; the rate with the least mean error counts, the lower loss deciding between equal ones. With it each seed
@@ -67,25 +74,28 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
         The results, one record a training.
 
     Raises:
-        UsageError: the folder holds another comparison.
+        UsageError: the folder holds another comparison, or one of other data.
     """
     path = folder / RESULTS
-    header = {"comparison": comparison.to_dict(), "versions": versions()}
-    if path.exists():
-        found = read_results(path)
-        if _shared(found["comparison"]) != _shared(header["comparison"]):
-            raise UsageError(f"{folder} holds another comparison; give its options, or another --run-dir")
-        results = found["trainings"]
-    else:
-        results = []
+    found = read_results(path) if path.exists() else None
+    data = load_for(comparison.base)
+    header = {"comparison": comparison.to_dict(), "data": data.fingerprint(), "versions": versions()}
+    made_now: Record = {}
+    if found is not None:
+        _refuse_others(found, header, folder)
+        if found["versions"] != header["versions"]:
+            # The file's versions are those of its first trainings.
+            made_now = {"versions": header["versions"]}
+            header["versions"] = found["versions"]
+    results = [] if found is None else found["trainings"]
     done = {_key(record) for record in results}
-    trainers = _Trainers(comparison.base)
+    trainers = _Trainers(data)
 
     def add(row: str, stage: str, lr: float, seed: int, config: TrainConfig) -> None:
         record: Record = {"row": row, "stage": stage, "lr": lr, "seed": seed}
         if _key(record) in done:
             return
-        record |= _train(trainers.of(config), lr, seed)
+        record |= _train(trainers.of(config), lr, seed) | made_now
         results.append(record)
         _write(path, header | {"trainings": results})
         say(
@@ -107,23 +117,48 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
 
 
 def read_results(path: Path) -> Record:
-    """`comparison`, `versions` and `trainings`, as `compare` keeps them."""
+    """`comparison`, `data` (its checksums), `versions` and `trainings`, as `compare` keeps them."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not (isinstance(found["comparison"], dict) and isinstance(found["trainings"], list)):
+        kinds = {"comparison": dict, "versions": dict, "trainings": list}
+        if not all(isinstance(found[name], kind) for name, kind in kinds.items()):
             raise ValueError("it is not what `fgsgd compare` writes")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     return found
 
 
+def _refuse_others(found: Record, header: Record, folder: Path) -> None:
+    """Rows are comparable where data and options were the same: refuse to put others into one table."""
+    where = shlex.quote(str(folder))
+    if "data" not in found:
+        raise UsageError(
+            f"the results in {where} have no checksum of their data: nobody can tell what they were trained on; begin "
+            "anew with another --run-dir"
+        )
+    if difference := data_difference(header["data"], found["data"]):
+        raise UsageError(
+            f"{where} holds a comparison on other data ({difference}): its name may be the same, its content is not; "
+            "give that data, or another --run-dir"
+        )
+    now, then = (_shared(each["comparison"]) for each in (header, found))
+    if difference := now["base"].difference(then["base"]):
+        raise UsageError(f"{where} holds another comparison ({difference}); give its options, or another --run-dir")
+    for name, value in now.items():
+        if value != then.get(name):
+            option = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{where} holds another comparison ({option} is {value}, was {then.get(name)}); give its options, or "
+                "another --run-dir"
+            )
+
+
 def _shared(comparison: Record) -> Record:
-    """What trainings must have in common to be compared; options that the file does not know yet are at their
-    defaults.
+    """The options that trainings must have in common to be compared; those that the file does not know yet are at their
+    defaults. The data go by their content.
     """
     shared = {name: value for name, value in comparison.items() if name not in ("rows", "seeds")}
-    base = TrainConfig.from_dict(shared["base"])
-    return shared | {"base": dataclasses.replace(base, data=Path(base.data).name)}
+    return shared | {"base": dataclasses.replace(TrainConfig.from_dict(shared["base"]), data="")}
 
 
 def _write(path: Path, found: Record) -> None:
@@ -153,16 +188,14 @@ def chosen_rate(lrs: Sequence[float], row: str, results: Sequence[Record]) -> fl
 class _Trainers:
     """The compiled trainers of one row at a time: they hold the data on the device."""
 
-    def __init__(self, base: TrainConfig):
-        self._data: dict[float, ImageSet] = {}
+    def __init__(self, data: ImageSet):
+        self._data = data
         self._trainers: dict[TrainConfig, Trainer] = {}
-        self._base = base
 
     def of(self, config: TrainConfig) -> Trainer:
         if config not in self._trainers:
-            held_out = config.validation
-            self._data.setdefault(held_out, load_for(dataclasses.replace(self._base, validation=held_out)))
-            self._trainers[config] = Trainer(config, self._data[held_out])
+            data = check(hold_out(self._data, config.validation)) if config.validation else self._data
+            self._trainers[config] = Trainer(config, data)
         return self._trainers[config]
 
     def forget(self) -> None:

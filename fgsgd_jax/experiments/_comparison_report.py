@@ -46,6 +46,7 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
         f"{base['schedule']}; momentum {base['momentum']:g}; weight decay of Euclidean weights "
         f"{base['weight_decay']:g}; augmentation {base['augment']}; γ {base['gamma']}; λ {base['lambda_']}. {tuned}",
         "",
+        *_content(found),
         "Errors in percent, mean ± standard deviation over the seeds. Differences are paired by seed, in points, with "
         f"the {CONFIDENCE:.0%} bootstrap interval ({RESAMPLES} resamples) and the p-value of the sign-flip test; they "
         "are not corrected for the number of rows.",
@@ -93,10 +94,37 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
     lines += [
         f"![Training error over the epochs, and the test errors]({picture})",
         "",
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items()) + ".",
+        _versions(found["versions"]) + ".",
         "",
+        *_other_versions(trainings),
     ]
     return "\n".join(lines)
+
+
+def _content(found: Mapping[str, Any]) -> list[str]:
+    """What the data were, by their checksums; nothing of results that are older than these."""
+    if "data" not in found:
+        return []
+    parts = (
+        f"{found['data'][split]['shape'][0]} {words} images (checksum {found['data'][split]['crc32']:08x})"
+        for split, words in (("train", "training"), ("test", "test"))
+    )
+    return [f"Data: {' and '.join(parts)} of {len(found['data']['classes'])} classes.", ""]
+
+
+def _other_versions(trainings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The versions of trainings that were added under others than the first."""
+    others: dict[str, list[str]] = {}
+    for training in trainings:
+        if "versions" in training:
+            rows = others.setdefault(_versions(training["versions"]), [])
+            if training["row"] not in rows:
+                rows.append(training["row"])
+    return [line for made, rows in others.items() for line in (f"Trainings of {', '.join(rows)} in part: {made}.", "")]
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:

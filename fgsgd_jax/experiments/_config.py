@@ -6,7 +6,7 @@ import tyro
 from ._augment import Augmentation
 from ._errors import UsageError
 from ._schedules import ScheduleName
-from ._schemes import Pooling, Retraction
+from ._schemes import Pooling, Retraction, full_name
 
 Gamma = Literal["glorot", "literal"] | float
 
@@ -22,14 +22,21 @@ class TrainConfig:
     have no normalization."""
     scheme: str = "pio:sp+ob+st"
     """euc (the baseline), wn (the same with weight normalization), st, sp, ob, each-st, each-sp, each-ob, poms-st, or
-    pi:, po:, pio: with any of sp, ob, st, euc joined by +."""
+    pi:, po:, pio: with any of sp, ob, st, euc joined by +. Shorter: pio3 is pio:sp+ob+st, pio4 is pio:sp+ob+st+euc, and
+    so pi3, pi4, po3, po4; pio-sp-st is pio:sp+st."""
     epochs: int = 30
+    """How often every training image is seen."""
     batch_size: int = 128
+    """Images to a step; the last, smaller batch of an epoch is left out."""
     lr: float = 0.1
+    """The learning rate at the first step."""
     momentum: float = 0.9
+    """Of the gradients; 0 for none."""
     weight_decay: float = 5e-4
     """L2, on Euclidean weights only: it has no effect on the manifolds."""
     schedule: ScheduleName = "cosine"
+    """The learning rate over the steps: to zero by a cosine; to a tenth at half of them and again at three quarters; to
+    a tenth as eq. 4 wants it; or the same throughout, and only then a run can be made longer afterwards."""
     seed: int = 0
     """Of the weights, the plan, the images' order and the augmentation."""
     gamma: Gamma = "glorot"
@@ -68,7 +75,7 @@ class TrainConfig:
     """The column of labels; found by its type where left out."""
 
     def check(self) -> "TrainConfig":
-        """Refuse values outside their range, naming the option."""
+        """The same with the scheme by its full name. Refuses values outside their range, naming the option."""
         for name in ("epochs", "batch_size", "limit_train", "limit_test", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -87,7 +94,7 @@ class TrainConfig:
             raise UsageError(f"--gamma {self.gamma}: give `glorot`, `literal` or a number above 0")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed}: give a whole number from 0 to 2³²−1")
-        return self
+        return dataclasses.replace(self, scheme=full_name(self.scheme))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -108,6 +115,8 @@ class TrainConfig:
         """The first option in which two configs differ, in words."""
         for field in dataclasses.fields(self):
             mine, others = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "scheme":
+                mine, others = full_name(mine), full_name(others)
             if mine != others:
                 return f"{option(field.name)} is {mine}, was {others}"
         return None

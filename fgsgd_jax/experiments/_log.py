@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ._errors import UsageError
+from ._errors import UsageError, resume_command
 
 Record = dict[str, Any]
 
@@ -46,12 +46,16 @@ class MetricsLog:
                 raise UsageError(f"{self.path}, line {number} is damaged: it has other figures than line 2")
         return records[0], epochs
 
+    def rewrite(self, header: Record, records: list[Record]) -> None:
+        """Put another first line before the epochs."""
+        with self._written():
+            self._replace([header, *records])
+
     def truncate(self, step: int) -> list[Record]:
         """Forget what came after this step, and give what is left of the epochs."""
         header, records = self.read()
         kept = [record for record in records if record["step"] <= step]
-        with self._written():
-            self._replace([header, *kept])
+        self.rewrite(header, kept)
         return kept
 
     def _replace(self, records: list[Record]) -> None:
@@ -70,7 +74,8 @@ class MetricsLog:
             yield
         except OSError as error:
             raise UsageError(
-                f"{self.path} cannot be written: {error.strerror or error}; make room and go on by --resume"
+                f"{self.path} cannot be written: {error.strerror or error}; make room and go on by --resume: "
+                f"`{resume_command(self.path.parent)}`"
             ) from error
 
     def _parse(self, number: int, line: str, last: bool) -> Record | None:

@@ -44,11 +44,11 @@ def _constrained(
 ) -> optax.GradientTransformationExtraArgs:
     # Features below 10⁻¹⁹ have no variance in float32: deep chains need a few changes to have all of them measured.
     quarter = max(1, steps_per_epoch // 4)
-    features = {
-        "every": steps_per_epoch if config.lambda_ == "epoch" else None,
-        "warmup": (quarter, steps_per_epoch) if config.lambda_ == "first" else None,
-        "lambda_floor": config.lambda_floor,
-    }
+    rescaling = fg.Rescaling(
+        every=steps_per_epoch if config.lambda_ == "epoch" else None,
+        warmup=(quarter, steps_per_epoch) if config.lambda_ == "first" else None,
+        floor=config.lambda_floor,
+    )
     if (config.zeta, config.pooling) == ("on", "scheme"):
         return fg.fgsgd(
             rate,
@@ -57,13 +57,13 @@ def _constrained(
             weight_decay=config.weight_decay,
             rho=config.rho,
             curvature=config.curvature,
-            **features,
+            rescaling=rescaling,
         )
     # The same step with line 6 of its own: between the projection of gradients and that of the momentum, or behind it.
     line_6, decay = _line_6(config, plan), optax.add_decayed_weights(config.weight_decay, mask=plan.mask)
     momentum = optax.trace(config.momentum)
     links = (decay, momentum, line_6) if config.zeta == "late" else (line_6, decay, momentum)
-    return fg.on_manifolds(optax.chain(*links, optax.scale_by_learning_rate(rate)), plan, **features)
+    return fg.on_manifolds(optax.chain(*links, optax.scale_by_learning_rate(rate)), plan, rescaling=rescaling)
 
 
 def _line_6(config: TrainConfig, plan: fg.Plan) -> optax.GradientTransformation:
@@ -71,6 +71,6 @@ def _line_6(config: TrainConfig, plan: fg.Plan) -> optax.GradientTransformation:
         return optax.identity()
     groups = pooled(plan, config.pooling)
     if config.zeta in ("on", "late"):
-        return fg.normalize_by_zeta(groups, config.rho, config.curvature)
+        return fg.normalize_by_zeta(groups, rho=config.rho, curvature=config.curvature)
     # Where ζ of flat space leaves 1: R (2ρ + R) = 1.
     return clip_groups(groups, 1 / (config.rho + math.sqrt(1 + config.rho**2)))

@@ -41,6 +41,8 @@ class ProgressDisplay:
         self._shown = 0.0
 
     def __enter__(self) -> "ProgressDisplay":
+        for line in legend(self._trainer.plan_of(self._trainer.config.seed) is not None):
+            self._console.print(line, highlight=False, soft_wrap=True)
         self._bar.start()
         return self
 
@@ -70,6 +72,14 @@ class ProgressDisplay:
     def _describe(self, step: int) -> str:
         epoch = min(step // self._trainer.steps_per_epoch + 1, self._epochs)
         return f"epoch {_counted(epoch, self._epochs)}"
+
+
+def legend(constrained: bool) -> list[str]:
+    """What the epochs' lines say, in lines of at most 80 characters."""
+    return ["loss, error: of the epoch's training images as it went / of the test images"] + [
+        "viol: largest distance from a manifold, as a share of its radius",
+        "ζ>1: share of the groups whose step ζ shortened; |v|/s: longest step by radius",
+    ] * constrained
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:

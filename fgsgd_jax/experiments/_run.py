@@ -13,13 +13,14 @@ import fgsgd_jax as fg
 from . import _processes as processes
 from ._checkpoints import Checkpoints
 from ._config import TrainConfig
-from ._data import ImageSet, load
-from ._errors import UsageError
+from ._data import ImageSet, data_difference, load
+from ._errors import UsageError, resume_command
 from ._fit import Report, fit
 from ._log import MetricsLog, Record
 from ._measures import Measurer
 from ._picture import draw, draw_scales
 from ._progress import ProgressDisplay
+from ._schedules import CONSTANT
 from ._state import Glance, TrainState
 from ._trainer import Trainer
 from ._versions import versions
@@ -56,7 +57,8 @@ def run(
         config: the training's options.
         folder: where the log, the checkpoints and the picture go.
         trainer: of these options, to train again without compiling again; made where left out.
-        resume: go on from the folder's last checkpoint.
+        resume: go on from the folder's last checkpoint. `config` may have more epochs than the run had, where its rates
+            do not depend on their number: it then ends as a run of so many epochs.
         checkpoint_every: steps between checkpoints; an epoch where left out.
         console: where to show progress.
         line_every: print every so manieth epoch.
@@ -68,7 +70,7 @@ def run(
     Raises:
         UsageError: the options are wrong; the folder holds another run, or none to resume; the training diverged.
     """
-    config.check()
+    config = config.check()
     console = console or Console()
     # First what is cheap to find wrong.
     if resume:
@@ -82,7 +84,7 @@ def run(
         raise ValueError(f"the trainer has other options than the run: {difference}")
     log = MetricsLog(folder / LOG, writes=processes.is_first())
     if resume:
-        _refuse_other_data(log, trainer.data)
+        _take_up(log, config, trainer.data)
     plan, state = trainer.plan_of(config.seed), trainer.start(config.seed)
     if not resume:
         header = {"config": config.to_dict(), "data": trainer.data.fingerprint(), "versions": versions()}
@@ -96,7 +98,11 @@ def run(
         if resume:
             state = _restored(checkpoints, config, plan, state)
             records = _records_until(int(state.step), log, trainer)
-            console.print(f"resuming after step {int(state.step)} of {trainer.total_steps}", highlight=False)
+            console.print(
+                f"resuming the run in {folder} after step {int(state.step)} of {trainer.total_steps}",
+                highlight=False,
+                soft_wrap=True,
+            )
         with ProgressDisplay(console, trainer, line_every) as display:
             observer = _Keeper(log, records, checkpoints, _about(config, plan), display)
             state = fit(trainer, state, observer, checkpoint_every, report)
@@ -136,8 +142,8 @@ def refuse_taken(folder: Path) -> None:
     # A run that was killed while it created its log left no more than the log's unfinished copy.
     if folder.exists() and any(entry.suffix != ".tmp" for entry in folder.iterdir()):
         raise UsageError(
-            f"run directory {folder} already holds something: go on with that run by --resume, "
-            "or give another --run-dir"
+            f"run directory {folder} already holds something: go on with that run by --resume "
+            f"(`{resume_command(folder)}`), or give another --run-dir"
         )
 
 
@@ -153,9 +159,21 @@ def stored_config(folder: Path) -> TrainConfig:
 
 
 def refuse_other_options(folder: Path, config: TrainConfig) -> None:
-    """A run goes on with the options that it began with."""
-    if difference := config.difference(stored_config(folder)):
+    """A run goes on with the options that it began with, or for more epochs where they change none of its steps."""
+    before = stored_config(folder)
+    if difference := dataclasses.replace(config, epochs=before.epochs).difference(before):
         raise UsageError(f"the run in {folder} had other options: {difference}; give another --run-dir for a new run")
+    if config.epochs < before.epochs:
+        raise UsageError(
+            f"--epochs {config.epochs}: the run in {folder} is one of {before.epochs} epochs; it can go on for more of "
+            "them, not for fewer: leave the option out, or give another --run-dir for a new run"
+        )
+    if config.epochs > before.epochs and before.schedule != CONSTANT:
+        raise UsageError(
+            f"--epochs {config.epochs}: the rates of the run in {folder} were drawn over {before.epochs} epochs "
+            f"(--schedule {before.schedule}), so that every step of a longer one is another; train that anew in "
+            f"another --run-dir, with --schedule {CONSTANT} if it is to be made longer later"
+        )
 
 
 class _Keeper:
@@ -188,12 +206,16 @@ class _Keeper:
         self._checkpoints.save(step, state, self._about)
 
 
-def _refuse_other_data(log: MetricsLog, data: ImageSet) -> None:
-    header, _ = log.read()
-    if header.get("data") != data.fingerprint():
+def _take_up(log: MetricsLog, config: TrainConfig, data: ImageSet) -> None:
+    """Refuse other data, and write down how long the run is now to be."""
+    header, records = log.read()
+    if difference := data_difference(data.fingerprint(), header.get("data") or {}):
         raise UsageError(
-            f"data {data.name!r} is not what it was when the run in {log.path.parent} began; give another --run-dir"
+            f"data {data.name!r} is not what it was when the run in {log.path.parent} began ({difference}); give that "
+            "data, or another --run-dir"
         )
+    if header["config"].get("epochs") != config.epochs:
+        log.rewrite(header | {"config": config.to_dict()}, records)
 
 
 def _records_until(step: int, log: MetricsLog, trainer: Trainer) -> list[Record]:
@@ -226,7 +248,9 @@ def _restored(checkpoints: Checkpoints, config: TrainConfig, plan: fg.Plan | Non
     if step is None:
         return start
     about = checkpoints.about(step)
-    if difference := config.difference(TrainConfig.from_dict(about["config"])):
+    saved = TrainConfig.from_dict(about["config"])
+    # Those of a run that was made longer since have fewer epochs.
+    if difference := config.difference(dataclasses.replace(saved, epochs=config.epochs)):
         raise UsageError(f"checkpoint {step} belongs to a run of other options: {difference}")
     if difference := _plan_difference(plan, about["plan"]):
         raise UsageError(f"checkpoint {step} belongs to another plan: {difference}; it cannot be resumed with this one")

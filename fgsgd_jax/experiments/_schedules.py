@@ -7,6 +7,9 @@ import fgsgd_jax as fg
 
 ScheduleName = Literal["cosine", "step", "eq4", "constant"]
 
+# The one whose rates do not depend on how long the training is.
+CONSTANT = "constant"
+
 # r0 (1 + t/period)^-power is a tenth of r0 at t = T when the period is T/20: (1 + 20)^-¾ = 0.10. Eq. 4 holds for any
 # period; one of a single step would leave hardly any rate for most of the training.
 EQ4_POWER = 0.75

@@ -13,7 +13,7 @@ import fgsgd_jax as fg
 
 from ._augment import Augmentation, augment, resolve
 from ._config import TrainConfig
-from ._data import ImageSet
+from ._data import ImageSet, balanced_order
 from ._device_data import DeviceSplit, normalize, to_devices
 from ._devices import Devices
 from ._errors import UsageError
@@ -26,6 +26,10 @@ from ._state import Figures, Glance, Totals, TrainState, Zeta
 
 # What the run's seed is folded with, so that each draws from a stream of its own.
 WEIGHTS, MANIFOLDS, ORDER, AUGMENTATION = range(4)
+
+# Batches of training images that batch normalization's statistics are measured on before an evaluation. On digits two
+# and seven gave errors that differ by a tenth of a point or two.
+STATISTICS_BATCHES = 8
 
 # Steps that one call runs on an accelerator: enough to hide the call, few enough for a lively progress bar.
 STEPS_PER_CALL = 25
@@ -68,7 +72,7 @@ class Trainer:
         self._model = build(config.model, len(data.classes), data.channels)
         self._shapes, _ = jax.eval_shape(self._model.init, jax.random.key(0))
         self._trace = self._model.trace(data.train.images.shape[1:3])
-        self._augmentation: Augmentation = resolve(config.augment, data.name)
+        self._augmentation: Augmentation = resolve(config.augment, config.data)
         # Every schedule is proportional to the rate that it starts from.
         self._unit_rate = schedule(config.schedule, 1.0, self.total_steps)
         self._plans: dict[int, fg.Plan | None] = {}
@@ -88,7 +92,11 @@ class Trainer:
         self._step = jax.jit(self._one_step, donate_argnums=0)
         self._steps = jax.jit(self._many_steps, donate_argnums=0)
         self._norms = jax.jit(_norms)
-        self._averages = jax.jit(_averages)
+        self._batch_statistics = jax.jit(self._statistics_of)
+        self._mean = jax.jit(_mean)
+        count = min(STATISTICS_BATCHES, self.steps_per_epoch)
+        rows = balanced_order(data.train.labels, seed=0)[: count * config.batch_size]
+        self._measured_on = self.devices.whole([jnp.asarray(each, jnp.int32) for each in np.split(rows, count)])
         # Copies, since the step that follows gives the buffers away.
         self._copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self._test_batch = jax.jit(self._count_errors)
@@ -159,12 +167,18 @@ class Trainer:
         )
 
     def averages(self, state: TrainState) -> Stats:
-        """The averages of batch normalization without what they began with, for evaluation.
+        """Batch normalization's statistics at these very weights, for evaluation: of a few batches of training images,
+        the same ones at every time.
 
-        They begin with a variance of 1 and forget a tenth of it a step. Features at the weights' scale γ have variances
-        of 1e-3 and less: over the first hundred steps the 1 would be most of the average.
+        The running averages of the training describe the weights of the last ten steps and more. Behind large steps
+        that is another network: after 28 steps on digits at the rate 0.1 the test error was 20.5 % by them and 6.4 %
+        by this on manifolds, 42.9 % and 5.8 % without.
         """
-        return self._averages(state.stats, state.step)
+        if not jax.tree.leaves(state.stats):
+            return state.stats
+        return self._mean(
+            [self._batch_statistics(state.params, state.stats, self.train_data, rows) for rows in self._measured_on]
+        )
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """Loss and error (in percent) on the test images, each counted exactly once."""
@@ -276,6 +290,13 @@ class Trainer:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses, where=real), jnp.sum(_missed(logits, labels), where=real, dtype=jnp.int32)
 
+    def _statistics_of(self, params: Any, stats: Stats, data: DeviceSplit, rows: Array) -> Stats:
+        images = self.devices.shared(data.images[rows])
+        # Averages of nothing but this batch: from zero, a step moves them by the same share of it everywhere.
+        nothing = jax.tree.map(jnp.zeros_like, stats)
+        _, moved, _ = self._model.apply(params, nothing, normalize(images, data), True, False)
+        return jax.tree.map(lambda each: each / (1 - BN_MOMENTUM), moved)
+
     def _add_zeta(self, totals: dict[str, Zeta], opt_state: Any) -> dict[str, Zeta]:
         if not self._groups:
             return {}
@@ -293,16 +314,8 @@ def _missed(logits: Float[Array, "n classes"], labels: Int32[Array, " n"]) -> Bo
     return lax.argmax(logits, 1, jnp.int32) != labels
 
 
-def _averages(stats: Stats, step: Array) -> Stats:
-    left = jnp.float32(BN_MOMENTUM) ** step.astype(jnp.float32)
-    seen = jnp.where(step > 0, 1 - left, 1)
-
-    def without_start(path: Any, average: Array) -> Array:
-        if path[-1] == jax.tree_util.DictKey("var"):
-            average = jnp.maximum(average - jnp.where(step > 0, left, 0), 0)
-        return average / seen
-
-    return jax.tree_util.tree_map_with_path(without_start, stats)
+def _mean(trees: list[Stats]) -> Stats:
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
 
 
 def _norms(params: Any) -> dict[str, Array]:

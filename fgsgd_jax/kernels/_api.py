@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ..manifolds import Manifold, Mixture
-from . import _cpu_lengths, _cpu_planes, _share_out, _xla
+from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _share_out, _xla
 from ._layers import Layer, Results
 
 # In the order of preference. What none of them serves, and every other backend, gets the reference.
-_ON_CPU = (_cpu_planes, _cpu_lengths)
+_ON_CPU = (_cpu_planes, _cpu_lengths, _cpu_chunks)
 
 Operation = Literal["tangent", "step"]
 

@@ -42,10 +42,23 @@ def step(
     radius = layer.radius[..., None, None]
     reached = radius if layer.new_radius is None else layer.new_radius[..., None, None]
     scale = reached / jnp.sqrt(jnp.where(fine, squares, 1))
-    point = jnp.where(fine, y * scale, layer.x * (reached / radius))
+    # From what is no point by its length a step leads to some point.
+    off = jnp.abs(_lengths(manifolds, layer, jnp.square(layer.x), jnp.square(layer.radius)) / jnp.square(radius) - 1)
+    start = jnp.where(off < 0.1, layer.x, _origins(manifolds, layer) * radius) * (reached / radius)
+    point = lax.cond(jnp.all(fine), lambda: y * scale, lambda: jnp.where(fine, y * scale, start))
     ratio = jnp.sqrt(total(jnp.square(v), whole=True)) / radius
     constrained = Mixture(manifolds, layer.kind).constrained(ratio[..., 0, 0])
     return split(point - layer.x, layers), split(constrained, layers)
+
+
+def _origins(manifolds: tuple[Manifold, ...], layer: Layer) -> Array:
+    """Points of radius 1."""
+    origins = [manifold.origin(layer.x.shape[-2:], layer.x.dtype) for manifold in manifolds]
+    selected = jnp.broadcast_to(origins[0], layer.x.shape)
+    for index, origin in enumerate(origins[1:], start=1):
+        on = (layer.kind == index)[..., None, None]
+        selected = jnp.where(on, jnp.broadcast_to(origin, layer.x.shape), selected)
+    return selected
 
 
 def _tangent(manifolds: tuple[Manifold, ...], layer: Layer) -> Array:

@@ -15,13 +15,13 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ..linalg import MOST_TURNS, exact_below
 from ..manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
+from ._cpu_chunks import by_chunks, fusion_barrier
 from ._layers import Layer, Results
 
 # Up to so many multiplications a product costs little beside moving its operands: 9×9 matrices.
@@ -50,7 +50,7 @@ def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results
     """See `_reference.tangent`."""
 
     def of_chunk(layer: Layer) -> tuple[Array, Array]:
-        t = fusion_barrier(_Members(manifolds, layer.kind).tangent, layer.x, layer.w, 1 / layer.radius)
+        t = _Members(manifolds, layer.kind).apart(_Members.tangent, layer.x, layer.w, 1 / layer.radius)
         return t, _sum(jnp.square(t))
 
     return _by_chunks(of_chunk, layers)
@@ -64,7 +64,7 @@ def step(
     def of_chunk(layer: Layer) -> tuple[Array, Array]:
         on, inverse = _Members(manifolds, layer.kind), 1 / layer.radius
         v = layer.w if is_tangent else on.tangent(layer.x, layer.w, inverse)
-        ratio, y = fusion_barrier(on.ambient, layer.x, v, factor, inverse)
+        ratio, y = on.apart(_Members.ambient, layer.x, v, factor, inverse)
         growth = jnp.ones_like(inverse) if layer.new_radius is None else layer.new_radius * inverse
         displacement = on.displacement(layer.x, y, on.but_euclidean(layer.radius), growth)
         return displacement, jnp.where(on.euclidean, 0, ratio)
@@ -73,36 +73,7 @@ def step(
 
 
 def _by_chunks(of_chunk: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
-    """`of_chunk` of all matrices, a few at a time, so that intermediate results stay in the cache.
-
-    Those of a whole network would be new to the process at every call, and the page faults cost as much as the
-    arithmetic.
-    """
-    joined = _join(layers)
-    chunks, size = _chunks(layers)
-    if chunks == 1:
-        results, figures = of_chunk(joined)
-        return _split(results, layers), _split(figures, layers, values=True)
-
-    def chunk(index, carry):
-        results, figures = carry
-        start = index * size
-
-        def part(a):
-            # Else XLA on CPU takes the part anew for each of its uses.
-            return fusion_barrier(lambda a, start: lax.dynamic_slice_in_dim(a, start, size, axis=-1), a, start)
-
-        own = jax.tree.map(part, joined._replace(w=results))
-        result, figure = of_chunk(own)
-        # The result takes the place of what it is made from.
-        return tuple(
-            lax.dynamic_update_slice_in_dim(whole, new, start, axis=-1)
-            for whole, new in zip((results, figures), (result, figure), strict=True)
-        )
-
-    # In `shard_map` the results differ between devices where any of the arguments do.
-    nothing = sum(jnp.zeros_like(a, joined.w.dtype, shape=(1, 1, 1)) for a in jax.tree.leaves(joined))
-    results, figures = lax.fori_loop(0, chunks, chunk, (joined.w + nothing, joined.radius + nothing))
+    results, figures = by_chunks(of_chunk, _join(layers), _chunks(layers)[1], axis=-1)
     return _split(results, layers), _split(figures, layers, values=True)
 
 
@@ -125,6 +96,13 @@ class _Members:
 
     def __init__(self, manifolds: tuple[Manifold, ...], kind: Array | None):
         self.manifolds, self.kind = manifolds, kind
+
+    def apart(self, function: Callable[..., Any], *args: Array) -> Any:
+        """`function(self, *args)` behind a fusion barrier."""
+        if self.kind is None:
+            return fusion_barrier(functools.partial(function, self), *args)
+        # `kind` is an argument: what a barrier returns differs between devices where any of its arguments does.
+        return fusion_barrier(lambda kind, *args: function(_Members(self.manifolds, kind), *args), self.kind, *args)
 
     def _of(self, cls: type[Manifold]) -> Bool[Array, "1 1 #count"]:
         """Which matrices are of this class."""
@@ -150,40 +128,36 @@ class _Members:
         """`g - x C(xᵀg)/s²`."""
         if not self._has_stiefel:
             return g - x * (self._lengths(x * g, 0.0) * jnp.square(inverse))
-        core = fusion_barrier(lambda x, g: self._core(x, g) * jnp.square(inverse), x, g)
-        return g - matmul(x, core)
+        return g - matmul(x, self.apart(_Members._core, x, g, inverse))
 
-    def _core(self, x: Array, g: Array) -> Float[Array, "p p count"]:
+    def _core(self, x: Array, g: Array, inverse: Array) -> Float[Array, "p p count"]:
         products = gram(x, g)
         diagonal = identity(products) * self._lengths(x * g, 0.0)
         symmetric = (products + jnp.swapaxes(products, 0, 1)) / 2
-        return jnp.where(self._of(Stiefel), symmetric, diagonal)
+        return jnp.where(self._of(Stiefel), symmetric, diagonal) * jnp.square(inverse)
 
     def ambient(self, x: Array, v: Array, factor: Array, inverse: Array) -> tuple[Array, Array]:
         """‖v‖/s of `factor` times v, and `y = (x + factor v)/s`."""
         ratio = jnp.sqrt(_sum(jnp.square(v * (factor * inverse))))
-        # As in the polar retraction: beyond this length x + v holds nothing of x, and the iteration converges from a
-        # Gram matrix of norm 2.
-        longest = jnp.finfo(x.dtype).eps ** -0.5
-        within = jnp.where(self._of(Stiefel), longest / jnp.maximum(ratio, longest), 1)
-        shrink = jnp.where(self._of(Stiefel) & (ratio > 0.4), 1 / (1 + ratio * within), 1)
-        return ratio, (x + (factor * within) * v) * (self.but_euclidean(inverse) * shrink)
+        # The iteration of the polar factor converges from a Gram matrix of norm 2.
+        shrink = jnp.where(self._of(Stiefel) & (ratio > 0.4), 1 / (1 + ratio), 1)
+        return ratio, (x + factor * v) * (self.but_euclidean(inverse) * shrink)
 
     def displacement(self, x: Array, y: Array, radius: Array, growth: Array) -> Array:
         """`s y C(yᵀy) - x`, the first term times `growth`; no step where y is zero, overflows or is not a number."""
         usable = jnp.ones((1, 1, 1), bool)
         if self._has_stiefel:
             y, usable = self._polar(y)
-
-        def displacement(x, y, usable):
-            squares = self._lengths(jnp.square(y), 1.0)
-            # Sphere and oblique: a tangent step gives at least 1.
-            info = jnp.finfo(x.dtype)
-            fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares) & usable
-            point = jnp.where(fine, y / jnp.sqrt(jnp.where(fine, squares, 1)), self._point(x / radius))
-            return point * (radius * growth) - x
-
-        return fusion_barrier(displacement, x, y, usable)
+        squares = self.apart(lambda on, y: on._lengths(jnp.square(y), 1.0), y)
+        # Sphere and oblique: a tangent step gives at least 1.
+        info = jnp.finfo(x.dtype)
+        fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares) & usable
+        scale = radius * growth / jnp.sqrt(jnp.where(fine, squares, 1))
+        return lax.cond(
+            jnp.all(fine),
+            lambda: y * scale - x,
+            lambda: jnp.where(fine, y * scale, self._point(x / radius) * (radius * growth)) - x,
+        )
 
     def _point(self, x: Array) -> Array:
         """`x`, or some point where it is none by its length."""
@@ -196,7 +170,7 @@ class _Members:
 
     def _polar(self, y: Array) -> tuple[Array, Bool[Array, "1 1 count"]]:
         """`y` with the polar factors of its Stiefel matrices, and which converged: see `linalg.orthonormalize`."""
-        stiefel, enough = self._of(Stiefel), exact_below(y.dtype)
+        enough = exact_below(y.dtype)
 
         def unfinished(carry):
             _, bound, turns = carry
@@ -206,18 +180,19 @@ class _Members:
             y, _, turns = carry
             e = fusion_barrier(lambda y: gram(y, y) - identity(y[: y.shape[1]]), y)
             square = fusion_barrier(matmul, e, e)
-            root, bound = fusion_barrier(inverse_root, e, square)
+            root, bound = self.apart(_Members._inverse_root, e, square)
             return fusion_barrier(lambda y, root: y + matmul(y, root), y, root), bound, turns + 1
-
-        def inverse_root(e, square):
-            root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
-            bound = jnp.sqrt(jnp.sqrt(_sum(jnp.square(square))))
-            return jnp.where(stiefel, root, 0), jnp.where(stiefel, bound, 0)
 
         # Made of y, so that in `shard_map` it differs between devices where y does.
         start = jnp.inf + 0 * y[:1, :1]
         y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
         return y, bound <= enough
+
+    def _inverse_root(self, e: Array, square: Array) -> tuple[Array, Array]:
+        """The polynomial less I, and a bound of ‖e‖₂; no change of matrices that are not Stiefel."""
+        root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
+        bound = jnp.sqrt(jnp.sqrt(_sum(jnp.square(square))))
+        return jnp.where(self._of(Stiefel), root, 0), jnp.where(self._of(Stiefel), bound, 0)
 
     def _lengths(self, entries: Array, otherwise: float) -> Float[Array, "1 p count"]:
         """Sums over the columns of oblique matrices, over all of those on spheres, and `otherwise`."""
@@ -248,22 +223,6 @@ def gram(a: Float[Array, "n p count"], b: Float[Array, "n q count"]) -> Float[Ar
 def identity(x: Float[Array, "p p count"]) -> Float[Array, "p p 1"]:
     """An identity matrix that broadcasts against those of `x`."""
     return jnp.eye(x.shape[0], dtype=x.dtype)[:, :, None]
-
-
-def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, computed once, whatever uses it.
-
-    XLA on CPU computes a fused operand again for each of its uses. The branch that is always taken, unknown to the
-    compiler, is the one boundary that its fusion respects.
-    """
-    results = jax.eval_shape(function, *args)
-
-    def zeros(*args):
-        # Made of the arguments, so that in `shard_map` they differ between devices where those do.
-        nothing = functools.reduce(operator.add, (0 * leaf.ravel()[0].astype(jnp.float32) for leaf in args))
-        return jax.tree.map(lambda result: jnp.broadcast_to(nothing.astype(result.dtype), result.shape), results)
-
-    return lax.cond(lax.optimization_barrier(jnp.ones((), bool)), function, zeros, *args)
 
 
 def _join(layers: Sequence[Layer]) -> Layer:

@@ -1,7 +1,7 @@
 """What every form of a step is given: the matrices of several layers, all of one size and on the same manifolds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,13 +33,13 @@ def unpacked(pairs: Sequence[tuple[Array, Array]]) -> Results:
     return [array for array, _ in pairs], [figure for _, figure in pairs]
 
 
-def joined(layers: Sequence[Layer]) -> Layer:
+def joined(layers: Sequence[Layer], concatenate: Callable[[list[Array]], Array] = jnp.concatenate) -> Layer:
     """All layers as one, along one batch axis."""
     batches = [layer.x.shape[:-2] for layer in layers]
 
     def join(*parts: Array) -> Array:
         pairs = zip(parts, batches, strict=True)
-        return jnp.concatenate([part.reshape(-1, *part.shape[len(batch) :]) for part, batch in pairs])
+        return concatenate([part.reshape(-1, *part.shape[len(batch) :]) for part, batch in pairs])
 
     return jax.tree.map(join, *layers)
 

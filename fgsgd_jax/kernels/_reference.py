@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..linalg import norm, squared_norm
+from ..linalg import squared_norm
 from ..manifolds import Mixture
 
 
@@ -32,4 +32,4 @@ def step(
     y = mixture.retract(x, v)
     if radius is not None:
         y = y * (radius / mixture.radius)[..., None, None]
-    return y - x, mixture.constrained(norm(v, (-2, -1)) / jnp.asarray(mixture.radius, v.dtype))
+    return y - x, mixture.constrained(jnp.sqrt(squared_norm(v)) / jnp.asarray(mixture.radius, v.dtype))

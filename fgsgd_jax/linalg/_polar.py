@@ -24,7 +24,13 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
     errors of earlier calls are corrected, not carried along.
     """
     point, converged = polar_iteration(y)
-    return jnp.where(converged, point, fallback)
+
+    def with_fallback() -> Array:
+        length = jnp.sum(jnp.square(fallback), axis=(-2, -1), keepdims=True) / fallback.shape[-1]
+        is_point = jnp.abs(length - 1) < 0.1
+        return jnp.where(converged, point, jnp.where(is_point, fallback, identity(fallback)))
+
+    return lax.cond(jnp.all(converged), lambda: point, with_fallback)
 
 
 @jax.custom_jvp

@@ -21,7 +21,6 @@ from ..linalg import (
     orthonormalize,
     polar,
     qf,
-    squared_norm,
     symmetric,
     transpose,
 )
@@ -45,7 +44,7 @@ class Stiefel(Manifold):
 
     `retraction` chooses how a step returns to the manifold: `"polar"` (default: the nearest point to x + v, two n·p²
     products for small steps), `"qr"` (sign-fixed), `"cayley"` (the Cayley transform, made orthonormal to round-off)
-    or `"exp"` (the geodesic). Steps longer than eps^-½ radii are shortened to that length.
+    or `"exp"` (the geodesic).
 
     Args:
       radius: s; see `Manifold`.
@@ -82,19 +81,19 @@ class Stiefel(Manifold):
 
     def _retract(self, x, v):
         x, v, back = _tall(x, v)
-        return back(self._retract_tall(x, _within_reach(v)))
+        return back(self._retract_tall(x, v))
 
     def _retract_tall(self, x, v):
         match self.retraction:
             case "polar":
-                return orthonormalize(x + v, _point(x))
+                return orthonormalize(x + v, x)
             case "qr":
                 usable = jnp.all(jnp.isfinite(v), axis=(-2, -1), keepdims=True)
                 return qf(jnp.where(usable, x + v, x))
             case "cayley":
-                return orthonormalize(cayley(x, v), _point(x))
+                return orthonormalize(cayley(x, v), x)
             case "exp":
-                return orthonormalize(_geodesic(x, v), _point(x))
+                return orthonormalize(_geodesic(x, v), x)
 
     def _exp(self, x, v):
         x, v, back = _tall(x, v)
@@ -151,18 +150,6 @@ def _tall(*arrays: Array):
     if arrays[0].shape[-2] >= arrays[0].shape[-1]:
         return *arrays, lambda x: x
     return *(transpose(x) for x in arrays), transpose
-
-
-def _within_reach(v: Array) -> Array:
-    """`v`, shortened to eps^-½: beyond, x + v holds nothing of x in floating point, and may lack its rank."""
-    longest = jnp.finfo(v.dtype).eps ** -0.5
-    return v * (longest / jnp.maximum(jnp.sqrt(squared_norm(v)), longest))[..., None, None]
-
-
-def _point(x: Array) -> Array:
-    """`x`, or the identity where its length is not that of a point."""
-    length = squared_norm(x)[..., None, None] / x.shape[-1]
-    return jnp.where(jnp.abs(length - 1) < 0.1, x, identity(x))
 
 
 def _tangent(x: Array, w: Array) -> Array:

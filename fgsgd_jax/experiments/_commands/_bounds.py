@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,12 @@ from rich.table import Table
 import fgsgd_jax as fg
 from fgsgd_jax.bounds import Norms
 
-from .._bounds_picture import draw_bounds, largest_of
+from .._bounds_picture import draw_bounds, largest_of, no_bound
 from .._checkpoints import Checkpoints
 from .._config import TrainConfig
 from .._correlation import RESAMPLES, spearman
-from .._errors import UsageError
+from .._data import data_difference
+from .._errors import UsageError, resume_command
 from .._log import MetricsLog
 from .._measures import FORMS, PAPERS, Measurer, Measures, log10
 from .._run import CHECKPOINTS, LOG, load_for
@@ -77,18 +79,20 @@ def find(path: Path) -> tuple[Path, int | None]:
 def measured(folder: Path, step: int | None) -> tuple[int, TrainConfig, Measures]:
     """Measure a run's checkpoint: the newest where no step is given. Also the step and the run's options."""
     if not (folder / CHECKPOINTS).is_dir():
-        raise UsageError(f"the run in {folder} has no checkpoint yet; go on with it by `fgsgd train --resume`")
+        raise UsageError(f"the run in {folder} has no checkpoint yet; go on with it by `{resume_command(folder)}`")
     header, _ = MetricsLog(folder / LOG).read()
     checkpoints = Checkpoints(folder / CHECKPOINTS)
     try:
         step = checkpoints.latest() if step is None else step
         if step is None:
-            raise UsageError(f"the run in {folder} has no checkpoint yet; go on with it by `fgsgd train --resume`")
+            raise UsageError(f"the run in {folder} has no checkpoint yet; go on with it by `{resume_command(folder)}`")
         about = checkpoints.about(step)
         config = TrainConfig.from_dict(about["config"])
         data = load_for(config)
-        if header.get("data") != data.fingerprint():
-            raise UsageError(f"data {data.name!r} is not what the run in {folder} was trained on; bring that back")
+        if difference := data_difference(data.fingerprint(), header.get("data") or {}):
+            raise UsageError(
+                f"data {data.name!r} is not what the run in {folder} was trained on ({difference}); bring that back"
+            )
         trainer = Trainer(config, data)
         start = trainer.start(config.seed)
         state = checkpoints.restore(step, start)
@@ -125,6 +129,8 @@ def report(measures: Measures, title: str, console: Console) -> None:
         values = [log10(getattr(getattr(measures.bounds, form), paper)) for form in FORMS]
         bounds.add_row(name, *(_number(value, ".2f") for value in values))
     console.print(bounds)
+    if reason := no_bound(measures):
+        console.print(reason, highlight=False)
     lipschitz = "none, for its gates" if measures.log_lipschitz is None else f"10^{log10(measures.log_lipschitz):.2f}"
     console.print(
         f"Lipschitz bound: {lipschitz}\n"
@@ -144,6 +150,7 @@ def _correlate(folders: tuple[Path, ...], console: Console) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("--correlate names a run twice")
     found = [find(folder) for folder in folders]
+    _refuse_mixed(folders, found)
     records = [_record(*each) for each in found]
     measures = {
         f"{name}, {title}": [record["log"][form][paper] for record in records]
@@ -175,6 +182,27 @@ def _correlate(folders: tuple[Path, ...], console: Console) -> None:
         f"{len(folders)} runs agree by chance once in {math.factorial(len(folders))}.",
         highlight=False,
     )
+
+
+def _refuse_mixed(folders: tuple[Path, ...], found: list[tuple[Path, int | None]]) -> None:
+    """Gaps are comparable where the test was the same; a copy of a run under another name is no other run."""
+    seen: dict[str, Path] = {}
+    data: list[dict[str, Any]] = []
+    for given, (folder, step) in zip(folders, found, strict=True):
+        header, records = MetricsLog(folder / LOG).read()
+        if not isinstance(header.get("data"), dict):
+            raise UsageError(f"the log of {given} has no checksum of its data: nobody can tell what it was tested on")
+        data.append(header["data"])
+        content = json.dumps([header, records, step], sort_keys=True)
+        if content in seen:
+            raise UsageError(f"--correlate names a run twice: {seen[content]} and {given} have the same log")
+        seen[content] = given
+        # What was trained on may differ in number: that is one of the things that a bound should know of.
+        if difference := data_difference(data[-1] | {"train": None}, data[0] | {"train": None}):
+            raise UsageError(
+                f"--correlate: {given} was not tested on the images that {folders[0]} was ({difference}); gaps of "
+                "different tests cannot be compared"
+            )
 
 
 def _record(folder: Path, step: int | None) -> dict[str, Any]:

@@ -1,28 +1,51 @@
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from rich.console import Console
 
 from .._compare import RESULTS, Comparison, compare, read_results
 from .._comparison_report import draw, report
-from .._config import TrainConfig
+from .._config import TrainConfig, option
 from .._errors import UsageError
-from .._rows import ROWS, check_rows
+from .._rows import ROWS, check_rows, row_name
 from ._command import Command
 
 REPORT, PICTURE = "report.md", "comparison.png"
+UNSHARED = ("scheme", "lr", "seed", "validation")
+
+
+# Options of a single training, for which a comparison has others.
+_Given = tyro.conf.Suppress[tyro.conf.Fixed[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedConfig(TrainConfig):
+    """What all trainings of a comparison have in common."""
+
+    scheme: _Given = "euc"
+    lr: _Given = 0.1
+    seed: _Given = 0
+    validation: _Given = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Compare(Command):
     """Compare schemes: each tuned on the same grid of rates, trained with the same seeds, tested once."""
 
-    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=TrainConfig)
+    instead: ClassVar[dict[str, str]] = {
+        "--scheme": "--rows",
+        "--lr": "--lrs",
+        "--seed": "--seeds",
+        "--validation": "--held-out",
+    }
+
+    config: Annotated[SharedConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SharedConfig)
     rows: str = ",".join(ROWS)
-    """The rows, separated by commas; ~option=value after a name changes an option: euc~wd=0.005."""
+    """The rows, separated by commas: schemes, by any name that `fgsgd train --scheme` takes. ~option=value after a name
+    changes an option of that row: euc~wd=0.005."""
     lrs: str = "0.03,0.1,0.3"
     """The grid of learning rates, separated by commas; a single one is not tuned."""
     seeds: int = 5
@@ -36,21 +59,24 @@ class Compare(Command):
     goes on where it was, by the same command; rows and seeds may be added."""
 
     def run(self, console: Console) -> None:
-        config = self.config.check()
-        rows = tuple(name for name in self.rows.split(",") if name)
+        config = TrainConfig(**self.config.to_dict()).check()
+        rows = tuple(row_name(name.strip()) for name in self.rows.split(",") if name.strip())
         if not rows:
             raise UsageError("--rows: name one row or more")
         check_rows(rows, config)
         if self.seeds < 1 or self.tuning_seeds < 1:
             raise UsageError("--seeds and --tuning-seeds: give a whole number of 1 or more")
-        if not 0 < self.held_out < 1 or config.validation:
-            raise UsageError("--held-out: give a share between 0 and 1, and leave out --validation")
+        if not 0 < self.held_out < 1:
+            raise UsageError("--held-out: give a share between 0 and 1")
         folder = self.run_dir or Path("runs") / f"compare-{Path(config.data).name}-{config.model}"
         comparison = Comparison(config, rows, self._rates(), self.seeds, self.tuning_seeds, self.held_out)
-        compare(comparison, folder, lambda line: console.print(line, highlight=False, soft_wrap=True))
+        try:
+            compare(comparison, folder, lambda line: console.print(line, highlight=False, soft_wrap=True))
+        except KeyboardInterrupt as interruption:
+            raise KeyboardInterrupt("the same command goes on where it was") from interruption
         found = read_results(folder / RESULTS)
         draw(found, folder / PICTURE)
-        text = report(found, self._command(comparison), PICTURE)
+        text = report(found, self._command(comparison, folder), PICTURE)
         (folder / REPORT).write_text(text, encoding="utf-8")
         console.print(text, highlight=False, soft_wrap=True, markup=False)
         console.print(f"report: {folder / REPORT}, picture: {folder / PICTURE}", highlight=False, soft_wrap=True)
@@ -64,15 +90,14 @@ class Compare(Command):
             raise UsageError(f"--lrs {self.lrs}: give different numbers above 0")
         return rates
 
-    def _command(self, comparison: Comparison) -> str:
-        """What to type for the same."""
+    def _command(self, comparison: Comparison, folder: Path) -> str:
+        """What to type, in the same place, for the same."""
         words = ["fgsgd", "compare"]
         for field in dataclasses.fields(TrainConfig):
             value = getattr(comparison.base, field.name)
-            # Of the data's path the name alone is anybody else's business.
-            if value != field.default:
-                shown = Path(value).name if field.name == "data" else str(value)
-                words += ["--" + field.name.strip("_").replace("_", "-"), shown]
-        words += ["--rows", self.rows, "--lrs", self.lrs, "--seeds", str(self.seeds)]
-        words += ["--tuning-seeds", str(self.tuning_seeds), "--held-out", f"{self.held_out:g}"]
+            if field.name not in UNSHARED and value != field.default:
+                words += [option(field.name), str(value)]
+        words += ["--rows", ",".join(comparison.rows), "--lrs", self.lrs, "--seeds", str(self.seeds)]
+        words += ["--tuning-seeds", str(self.tuning_seeds), "--held-out", str(self.held_out)]
+        words += ["--run-dir", str(folder)]
         return shlex.join(words)

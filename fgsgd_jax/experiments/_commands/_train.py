@@ -7,9 +7,10 @@ import tyro
 from rich.console import Console
 
 from .._config import TrainConfig
-from .._errors import UsageError
+from .._errors import UsageError, resume_command
 from .._processes import is_first, joined
-from .._run import run, stored_config
+from .._run import LOG, run, stored_config
+from .._schemes import full_name
 from ._command import Command
 
 
@@ -21,7 +22,8 @@ class Train(Command):
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where the run is kept; runs/DATA-MODEL-SCHEME-SEED where left out."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Go on from the last checkpoint of the run directory. Options left out are those that the run began with."""
+    """Go on from the last checkpoint of the run directory. Options left out are those that the run began with; with a
+    constant --schedule, --epochs may be more."""
     checkpoint_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS")] = None
     """Steps between checkpoints; an epoch where left out."""
     report_bounds: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -40,22 +42,34 @@ class Train(Command):
             return self.run_dir
         config = self.config
         data = Path(config.data).expanduser().name
-        parts = (data, config.model, config.scheme, f"seed{config.seed}")
+        parts = (data, config.model, full_name(config.scheme), f"seed{config.seed}")
         return Path("runs") / re.sub(r"[^\w.+-]+", "-", "-".join(parts))
+
+    def _what_now(self, folder: Path) -> list[str]:
+        """How to go on with the run, where it has begun."""
+        if not (folder / LOG).is_file():
+            return []
+        every = [] if self.checkpoint_every is None else ["--checkpoint-every", str(self.checkpoint_every)]
+        command = " ".join([resume_command(folder), *every, *["--report-bounds"] * self.report_bounds])
+        return [f"`{command}` goes on from the last checkpoint"]
 
     def run(self, console: Console) -> None:
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise UsageError(f"--checkpoint-every {self.checkpoint_every}: give a whole number of 1 or more")
         with joined():
             console.quiet |= not is_first()
-            result = run(
-                self.config,
-                self.folder(),
-                resume=self.resume,
-                checkpoint_every=self.checkpoint_every,
-                report_bounds=self.report_bounds,
-                console=console,
-            )
+            folder = self.folder()
+            try:
+                result = run(
+                    self.config,
+                    folder,
+                    resume=self.resume,
+                    checkpoint_every=self.checkpoint_every,
+                    report_bounds=self.report_bounds,
+                    console=console,
+                )
+            except KeyboardInterrupt as interruption:
+                raise KeyboardInterrupt(*self._what_now(folder)) from interruption
         test = result.records[-1]["test"]
         figures = f"test error {test['error']:.2f} %, loss {test['loss']:.4f}"
         console.print(f"{figures}; picture: {result.picture}", highlight=False, soft_wrap=True)

@@ -44,6 +44,25 @@ class ImageSet:
         }
 
 
+def data_difference(mine: dict[str, object], others: dict[str, object]) -> str | None:
+    """The first thing in which two fingerprints differ, in words; `None` where they are of the same content."""
+    for name, words in (("classes", "classes"), ("train", "training images"), ("test", "test images")):
+        one, other = mine.get(name), others.get(name)
+        if one != other:
+            return f"{words}: {_in_words(one)}, was {_in_words(other)}"
+    return None
+
+
+def _in_words(part: object) -> str:
+    if isinstance(part, dict):
+        shape = "×".join(map(str, part.get("shape", ())))
+        return f"{shape} with checksum {part.get('crc32', 0):08x}"
+    if isinstance(part, list):
+        shown = ", ".join(map(str, part[:4]))
+        return f"{len(part)} ({shown}{', …' if len(part) > 4 else ''})"
+    return str(part)
+
+
 def check(data: ImageSet) -> ImageSet:
     """Refuse a set that cannot be trained on, however it was loaded."""
     for name, split in (("training", data.train), ("test", data.test)):
