@@ -42,10 +42,15 @@ def step(
     radius = layer.radius[..., None, None]
     reached = radius if layer.new_radius is None else layer.new_radius[..., None, None]
     scale = reached / jnp.sqrt(jnp.where(fine, squares, 1))
-    # From what is no point by its length a step leads to some point.
-    off = jnp.abs(_lengths(manifolds, layer, jnp.square(layer.x), jnp.square(layer.radius)) / jnp.square(radius) - 1)
-    start = jnp.where(off < 0.1, layer.x, _origins(manifolds, layer) * radius) * (reached / radius)
-    point = lax.cond(jnp.all(fine), lambda: y * scale, lambda: jnp.where(fine, y * scale, start))
+
+    def somewhere() -> Array:
+        """Where no step can be taken the point itself, or some point where it is none by its length."""
+        squares = _lengths(manifolds, layer, jnp.square(layer.x), jnp.square(layer.radius))
+        is_point = jnp.abs(squares / jnp.square(radius) - 1) < 0.1
+        start = jnp.where(is_point, layer.x, _origins(manifolds, layer) * radius) * (reached / radius)
+        return jnp.where(fine, y * scale, start)
+
+    point = lax.cond(jnp.all(fine), lambda: y * scale, somewhere)
     ratio = jnp.sqrt(total(jnp.square(v), whole=True)) / radius
     constrained = Mixture(manifolds, layer.kind).constrained(ratio[..., 0, 0])
     return split(point - layer.x, layers), split(constrained, layers)
