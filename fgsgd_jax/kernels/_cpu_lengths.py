@@ -73,13 +73,14 @@ def _tangent(manifolds: tuple[Manifold, ...], layer: Layer) -> Array:
 
 def _lengths(manifolds: tuple[Manifold, ...], layer: Layer, entries: Array, otherwise: Array) -> Array:
     """Sums over the columns of oblique matrices, over all of those on spheres; of Euclidean ones `otherwise`."""
-    selected = None
-    for index, manifold in enumerate(manifolds):
-        if type(manifold) is Euclidean:
-            lengths = otherwise[..., None, None]
-        else:
-            lengths = total(entries, whole=type(manifold) is Sphere)
-        selected = lengths if selected is None else jnp.where((layer.kind == index)[..., None, None], lengths, selected)
+
+    def of(manifold: Manifold) -> Array:
+        is_free = type(manifold) is Euclidean
+        return otherwise[..., None, None] if is_free else total(entries, whole=type(manifold) is Sphere)
+
+    selected = of(manifolds[0])
+    for index, manifold in enumerate(manifolds[1:], start=1):
+        selected = jnp.where((layer.kind == index)[..., None, None], of(manifold), selected)
     return selected
 
 
