@@ -37,7 +37,7 @@ def tangent(
       least float32. Squared norms may overflow.
     """
     layers = [Layer(x, g, m.kind, _radii(m, x)) for m, x, g in zip(mixtures, points, gradients, strict=True)]
-    return _by_group("tangent", False, mixtures, layers, None)
+    return _by_group("tangent", False, mixtures, layers, 1.0)
 
 
 def step(
@@ -86,7 +86,7 @@ def _by_group(
     is_tangent: bool,
     mixtures: Sequence[Mixture],
     layers: Sequence[Layer],
-    factor: float | Array | None,
+    factor: float | Array,
     share_out: Mesh | None = None,
 ) -> Results:
     """The operation on all layers that have one size, dtype and set of manifolds at a time."""
@@ -97,13 +97,13 @@ def _by_group(
     for (manifolds, (n, p), dtype), own in places.items():
         count = sum(math.prod(layers[place].x.shape[:-2]) for place in own)
         form = form_for(manifolds, n, p, count)
-        scalars = () if factor is None else (jnp.asarray(factor, dtype),)
+        own_factor = jnp.asarray(factor, dtype)
         alike = [layers[place] for place in own]
         if share_out is not None and _share_out.serves(n, p, count):
-            results = _share_out.step(share_out, manifolds, alike, *scalars, is_tangent)
+            results = _share_out.step(share_out, manifolds, alike, own_factor, is_tangent)
         else:
             run = _run if form is _xla else _run_on_cpu
-            results = run(operation, is_tangent, manifolds, form, alike, *scalars)
+            results = run(operation, is_tangent, manifolds, form, alike, own_factor)
         found |= dict(zip(own, zip(*results, strict=True), strict=True))
     pairs = [found[place] for place in range(len(layers))]
     return [array for array, _ in pairs], [figure for _, figure in pairs]
@@ -115,22 +115,22 @@ def _run(
     manifolds: tuple[Manifold, ...],
     form: ModuleType,
     layers: Sequence[Layer],
-    *scalars: Array,
+    factor: Array,
 ) -> Results:
     if operation == "tangent":
         return form.tangent(manifolds, layers)
-    return form.step(manifolds, layers, *scalars, is_tangent)
+    return form.step(manifolds, layers, factor, is_tangent)
 
 
 # A loop whose length is found at run time has no derivative: that is the reference's.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _run_on_cpu(operation, is_tangent, manifolds, form, layers, *scalars) -> Results:
+def _run_on_cpu(operation, is_tangent, manifolds, form, layers, factor) -> Results:
     def of(form):
         return functools.partial(_run, operation, is_tangent, manifolds, form)
 
-    return lax.platform_dependent(layers, *scalars, cpu=of(form), default=of(_xla))
+    return lax.platform_dependent(layers, factor, cpu=of(form), default=of(_xla))
 
 
 @_run_on_cpu.defjvp

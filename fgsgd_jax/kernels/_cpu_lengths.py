@@ -42,10 +42,15 @@ def step(
     radius = layer.radius[..., None, None]
     reached = radius if layer.new_radius is None else layer.new_radius[..., None, None]
     scale = reached / jnp.sqrt(jnp.where(fine, squares, 1))
-    # From what is no point by its length a step leads to some point.
-    off = jnp.abs(_lengths(manifolds, layer, jnp.square(layer.x), jnp.square(layer.radius)) / jnp.square(radius) - 1)
-    start = jnp.where(off < 0.1, layer.x, _origins(manifolds, layer) * radius) * (reached / radius)
-    point = lax.cond(jnp.all(fine), lambda: y * scale, lambda: jnp.where(fine, y * scale, start))
+
+    def somewhere() -> Array:
+        """Where no step can be taken the point itself, or some point where it is none by its length."""
+        squares = _lengths(manifolds, layer, jnp.square(layer.x), jnp.square(layer.radius))
+        is_point = jnp.abs(squares / jnp.square(radius) - 1) < 0.1
+        start = jnp.where(is_point, layer.x, _origins(manifolds, layer) * radius) * (reached / radius)
+        return jnp.where(fine, y * scale, start)
+
+    point = lax.cond(jnp.all(fine), lambda: y * scale, somewhere)
     ratio = jnp.sqrt(total(jnp.square(v), whole=True)) / radius
     constrained = Mixture(manifolds, layer.kind).constrained(ratio[..., 0, 0])
     return split(point - layer.x, layers), split(constrained, layers)
@@ -68,13 +73,14 @@ def _tangent(manifolds: tuple[Manifold, ...], layer: Layer) -> Array:
 
 def _lengths(manifolds: tuple[Manifold, ...], layer: Layer, entries: Array, otherwise: Array) -> Array:
     """Sums over the columns of oblique matrices, over all of those on spheres; of Euclidean ones `otherwise`."""
-    selected = None
-    for index, manifold in enumerate(manifolds):
-        if type(manifold) is Euclidean:
-            lengths = otherwise[..., None, None]
-        else:
-            lengths = total(entries, whole=type(manifold) is Sphere)
-        selected = lengths if selected is None else jnp.where((layer.kind == index)[..., None, None], lengths, selected)
+
+    def of(manifold: Manifold) -> Array:
+        is_free = type(manifold) is Euclidean
+        return otherwise[..., None, None] if is_free else total(entries, whole=type(manifold) is Sphere)
+
+    selected = of(manifolds[0])
+    for index, manifold in enumerate(manifolds[1:], start=1):
+        selected = jnp.where((layer.kind == index)[..., None, None], of(manifold), selected)
     return selected
 
 

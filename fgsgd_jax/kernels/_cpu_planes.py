@@ -247,8 +247,10 @@ def _join(layers: Sequence[Layer]) -> Layer:
         flat = jnp.concatenate(filled_up([part.ravel() for part in parts]))
         return fusion_barrier(lambda flat: flat, flat)[None, None]
 
-    x, w, *others = zip(*layers, strict=True)
-    return Layer(matrices(x), matrices(w), *map(values, others))
+    x, w, kind, radius, new_radius = zip(*layers, strict=True)
+    joined_radius = values(radius)
+    assert joined_radius is not None
+    return Layer(matrices(x), matrices(w), values(kind), joined_radius, values(new_radius))
 
 
 def _split(joined: Float[Array, "n p count"], layers: Sequence[Layer], values: bool = False) -> list[Array]:

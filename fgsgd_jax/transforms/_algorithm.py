@@ -168,7 +168,7 @@ def no_figure(plan: Plan, leaves: ByPath) -> Float[Array, "paths"]:
 
 def mixture_of(bucket: Bucket, kind: Array | tuple[()]) -> Mixture:
     """The manifolds of a bucket's matrices, at radius 1."""
-    return Mixture(bucket.kinds, kind if len(bucket.kinds) > 1 else None)
+    return Mixture(bucket.kinds, None if isinstance(kind, tuple) else kind)
 
 
 def _figure(parts: list[Array], dtype: jnp.dtype | None = None) -> Array:

@@ -60,9 +60,11 @@ def started(link: str, plan: PlanOrRules, params: Any) -> Start:
     `optax.tree_utils.tree_map_params` asks for the structure of a state with a placeholder for the parameters, which
     has no leaves.
     """
-    if params is not None and not jax.tree.leaves(params) and isinstance(plan, Plan):
+    if params is not None and isinstance(plan, Plan) and not jax.tree.leaves(params):
         return Start(plan, {})
-    own = as_plan(plan, params) if params is not None else plan
+    if params is None:
+        raise ValueError(f"{link} needs the parameters: call tx.init(params)")
+    own = as_plan(plan, params)
     return Start(own, _leaves(params, own, "parameters", link))
 
 
@@ -87,8 +89,6 @@ def _narrowed(update: Array, point: Array) -> Array:
 
 def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
     """The leaves by path, if the weights of the plan's collections are among them, in their shapes."""
-    if tree is None:
-        raise ValueError(f"{link} needs the {role}: call tx.update(grads, state, params)")
     leaves = by_path(tree)
     for path in plan.collections:
         if path not in leaves:

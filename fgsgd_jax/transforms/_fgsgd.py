@@ -144,14 +144,15 @@ def fgsgd(
 
         # The matrices are multiplied by the rate where they are read anyway: here it is that of a one.
         one = jnp.ones((), state.step_ratio.dtype)
-        (moved, factor), rated = rate.update(({path: directions[path] for path in free}, one), state.rate)
+        rated: Any = rate.update(({path: directions[path] for path in free}, one), state.rate)
+        (moved, factor), rate_state = rated
         like = points, before, state.step_ratio
         displacements, after, ratio = automatic(
             lines_7_and_8, points, {path: directions[path] for path in steps}, factor, own, feature_moments, like=like
         )
         return call.answer(moved | displacements), state._replace(
             momentum=traced,
-            rate=rated,
+            rate=rate_state,
             radii=after.radii,
             lambdas=after.lambdas,
             zeta_share=share,
@@ -171,7 +172,8 @@ def fgsgd(
         if momentum is None:
             return steps, state
         before = by_path(state.trace)
-        directions, after = trace.update(steps, state._replace(trace={path: before[path] for path in steps}))
+        updated: Any = trace.update(steps, state._replace(trace={path: before[path] for path in steps}))
+        directions, after = updated
         return directions, state._replace(trace=from_paths(before | after.trace, state.trace))
 
     def decayed(g: Array, x: Array) -> Array:

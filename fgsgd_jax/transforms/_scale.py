@@ -99,8 +99,8 @@ class Scale:
         merged = []
         for bucket, before in zip(self.layout, moments, strict=True):
             parts = [self._of_parameter(bucket, path, given.get(path), before.mean.dtype) for path in bucket.paths]
-            batch = map(jnp.stack, zip(*parts, strict=True))
-            both = merge_moments(FeatureMoments(*before), FeatureMoments(*batch))
+            count, mean, m2 = map(jnp.stack, zip(*parts, strict=True))
+            both = merge_moments(FeatureMoments(*before), FeatureMoments(count, mean, m2))
             after = Moments(both.count, both.mean, both.m2)
             # One batch of features that are no numbers must not cost the epoch its λ.
             usable = jnp.isfinite(after.mean) & jnp.isfinite(after.m2)
@@ -239,7 +239,7 @@ class _Layers:
         # Below round-off of the layer's largest λ a channel is dead: its scale stays instead of growing without bound.
         finite = jnp.isfinite(std)
         dead = jnp.finfo(std.dtype).eps ** 0.5 * jnp.max(jnp.where(finite, std, 0), axis=(1, 2), keepdims=True)
-        fed = (moments.count > 0) & (std > dead) & finite
+        fed = (moments.seen > 0) & (std > dead) & finite
         constrained = mixture.constrained(jnp.ones_like(std)) > 0
         usable = constrained & fed
         std = jnp.where(usable, std, 1)

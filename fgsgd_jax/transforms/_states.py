@@ -20,7 +20,7 @@ Paths = tuple[dict[str, tuple[()]], ...]
 class Moments(NamedTuple):
     """Count, mean and centred second moment of what entered each matrix of a bucket."""
 
-    count: Float[Array, "paths *layers inputs outputs"]
+    seen: Float[Array, "paths *layers inputs outputs"]
     mean: Float[Array, "paths *layers inputs outputs"]
     m2: Float[Array, "paths *layers inputs outputs"]
 
