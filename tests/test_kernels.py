@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import fgsgd_jax as fg
 from fgsgd_jax import kernels
-from fgsgd_jax.kernels import _api, _cpu_lengths, _cpu_planes, _reference, _xla
+from fgsgd_jax.kernels import _api, _cpu_chunks, _cpu_lengths, _cpu_planes, _reference, _xla
 from fgsgd_jax.kernels._layers import Layer
 from fgsgd_jax.manifolds import Mixture
 
@@ -25,8 +25,9 @@ MIX = (fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean())
 LENGTHS = (fg.Oblique(), fg.Euclidean(), fg.Sphere())
 OTHER_RETRACTIONS = (fg.Stiefel(retraction="qr"), fg.Sphere(), fg.Stiefel(retraction="cayley"))
 
-# Two of one shape, and a larger one of another. A core's cache does not hold the 7×7 matrices of the second.
-FEW, MANY = ((3, 5), (40, 7), (3, 5)), ((3, 5), (40, 18), (3, 5))
+# Two of one shape, and a larger one of another. A core's cache does not hold the 7×7 matrices of the second, nor those
+# of the third of thousands of entries.
+FEW, MANY, LARGE = ((3, 5), (40, 7), (3, 5)), ((3, 5), (40, 18), (3, 5)), ((2, 5), (4, 10), (2, 5))
 # In radii. Beyond eps^-½ a sum holds nothing of the point.
 STEPS = (0.0, 1e-4, 0.1, 1.0, 30.0, 1e4)
 
@@ -41,11 +42,13 @@ CASES = [
     (_cpu_lengths, LENGTHS, (70, 3), FEW),
     (_cpu_lengths, (fg.Sphere(),), (33, 1), FEW),
     (_cpu_lengths, (fg.Oblique(),), (3, 2), FEW),
+    (_cpu_chunks, MIX, (64, 40), LARGE),
+    (_cpu_chunks, OTHER_RETRACTIONS, (40, 64), LARGE),
     (_xla, MIX, (2, 5), FEW),
     (_xla, OTHER_RETRACTIONS, (3, 3), FEW),
     (_xla, (fg.Stiefel(),), (12, 8), FEW),
 ]
-FAST = {(0, "float32"), (0, "float64"), (1, "float32"), (3, "float32"), (6, "float32"), (7, "float32"), (10, "float32")}
+FAST = {(0, "float32"), (0, "float64"), (1, "float32"), (3, "float32"), (6, "float32"), (7, "float32"), (12, "float32")}
 
 
 def named(manifolds):
@@ -115,6 +118,15 @@ class Example:
             found[on] = h.violation(type(manifold).__name__.lower(), points[on], radius[on])
         return found
 
+    def limit(self, length):
+        """Of what two ways of computing a step of so many radii may differ by, in radii."""
+        # Rounding a direction to `dtype` changes a polar factor as much as the sum is long, and others more.
+        others = [isinstance(m, fg.Stiefel) and m.retraction != "polar" for m in self.manifolds]
+        eps = h.EPS[self.dtype]
+        reach = np.where(self.on(fg.Stiefel), min(length, eps**-0.5), np.where(self.on(fg.Euclidean), length, 30))
+        reach = np.where(np.array(others)[self.kind] & (length > 30), np.inf, reach)
+        return 64 * eps * h.spread(1 + reach)
+
     @property
     def violation_limit(self):
         """Round-off of a sum over a column."""
@@ -178,11 +190,7 @@ def check_steps(its, found, expected, reached):
     eps, s, fine = h.EPS[its.dtype], h.spread(its.radius), its.has_direction
     for length, displacement, ratio, its_displacement, its_ratio in zip(STEPS, *found, *expected, strict=True):
         assert displacement.dtype == ratio.dtype == its.dtype
-        # Rounding a direction to `dtype` changes a polar factor as much as the sum is long, and others more.
-        others = [isinstance(m, fg.Stiefel) and m.retraction != "polar" for m in its.manifolds]
-        reach = np.where(its.on(fg.Stiefel), min(length, eps**-0.5), np.where(its.on(fg.Euclidean), length, 30))
-        reach = np.where(np.array(others)[its.kind] & (length > 30), np.inf, reach)
-        limit = 64 * eps * h.spread(1 + reach)
+        limit = its.limit(length)
         check((displacement / s)[fine], (its_displacement / s)[fine], limit[fine])
         check(ratio[fine], its_ratio[fine], 64 * eps * length)
         violations = its.violations(displacement, reached)
@@ -192,7 +200,8 @@ def check_steps(its, found, expected, reached):
 @TABLE
 def test_a_form_is_the_definition(form, manifolds, shape, grids, dtype):
     its = example(manifolds, shape, grids, dtype)
-    assert form is _xla or form.serves(manifolds, *shape, len(its.kind))
+    # What serves many large matrices is held with a few.
+    assert form in (_xla, _cpu_chunks) or form.serves(manifolds, *shape, len(its.kind))
     factors = -np.asarray(STEPS)
 
     def found(is_tangent, w):
@@ -224,9 +233,10 @@ def test_a_form_is_the_definition(form, manifolds, shape, grids, dtype):
     # What overflows keeps its place and harms no other.
     spoilt = np.isin(np.arange(len(t)), (5, 10, 15))
     t[5], t[10, 0, 0], t[15] = np.inf, np.inf, 1e30 if dtype == "float32" else 1e200
-    for displacement, before in zip(found(True, t)[0], its_steps[0], strict=True):
-        others = its.constrained & ~spoilt
-        check(displacement[others], before[others], 16 * h.EPS[dtype] * h.spread(its.radius[others]))
+    others = its.constrained & ~spoilt
+    for length, displacement, before in zip(STEPS, found(True, t)[0], its_steps[0], strict=True):
+        limit = its.limit(length) * h.spread(its.radius)
+        check(displacement[others], before[others], limit[others])
         assert np.max(its.violations(displacement, its.new_radius)[its.constrained]) <= its.violation_limit
 
 
@@ -269,6 +279,7 @@ def test_which_form_serves_is_decided_by_exact_type_and_shape():
     assert _api.form_for(MIX, 3, 3, 1024) is _cpu_planes
     assert _api.form_for(LENGTHS, 64, 3, 1024) is _cpu_lengths
     assert _api.form_for((fg.Sphere(),), 3, 5, 1) is _cpu_lengths
+    assert _api.form_for(MIX, 64, 64, 512) is _cpu_chunks
     for manifolds in ((Own(),), (fg.Stiefel(), Own()), OTHER_RETRACTIONS):
         assert _api.form_for(manifolds, 3, 3, 1024) is _xla
     for n, p, count in ((3, 3, 0), (0, 3, 1024), (3, 0, 1024), (64, 64, 4), (2, 5, 1024)):
@@ -386,7 +397,11 @@ def test_vmap_is_one_after_the_other(manifolds, shape):
     all_close(together, jax.tree.map(lambda *parts: jnp.stack(parts), *one_by_one), rtol=1e-4, atol=1e-4)
 
 
-@FORMS
+@pytest.mark.parametrize(
+    ("manifolds", "shape"),
+    [(MIX, (3, 3)), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((LENGTHS, (40, 2)), (MIX, (64, 64))))],
+    ids=["planes", "lengths", "chunks"],
+)
 @pytest.mark.parametrize("differing", [(0, 1), (2,), (3,)], ids=["weights", "radii", "rate"])
 def test_numbers_that_differ_by_device(manifolds, shape, differing):
     """As an ensemble's under `shard_map`, whose types say so."""
