@@ -11,7 +11,7 @@ LIBRARY := $(patsubst %,tests/test_%.py,bounds_conv bounds_generalization bounds
 	linalg manifolds manifolds_pymanopt mixture readme riemannian_adam transforms)
 OLDEST := jax==0.8.1 optax==0.2.5 einops==0.8 jaxtyping==0.3 flax==0.12.1
 
-.PHONY: demo test test-all mutants compat bench docs notebooks dist wheel oldest lint format clean
+.PHONY: demo test test-all compat bench docs notebooks dist wheel oldest lint format clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,11 +29,8 @@ test: $(VENV)/.ready  ## the fast tests, under ten minutes on two cores
 test-all: $(VENV)/.ready  ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-mutants: $(VENV)/.ready  ## faults seeded in the numerical core, each of which a test must catch; ten minutes
-	$(BIN)/python tests/mutants.py
-
 compat: $(VENV)/.ready  ## every optimizer in every wrapper, hours, goes on where it was; writes docs/compatibility.md
-	$(BIN)/python tests/compat.py
+	$(BIN)/python tools/compat.py
 
 # Other libraries bring their own requirements: they get an environment to themselves.
 $(VENV)-bench/.ready: pyproject.toml
@@ -49,7 +46,7 @@ docs: $(VENV)/.ready  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 notebooks: $(VENV)/.ready  ## runs every notebook from top to bottom, under three minutes each
-	$(BIN)/python tests/notebooks.py
+	$(BIN)/python tools/notebooks.py
 
 dist: $(VENV)/.ready  ## wheel and sdist, into dist/
 	rm -rf dist

@@ -7,7 +7,7 @@ import optax
 import fgsgd_jax as fg
 
 
-def chained(plan, rate, momentum=None, nesterov=False, every=None, max_change="auto", **zeta):
+def chained(plan, rate, momentum=None, nesterov=False, rescaling=None, **zeta):
     """The links in the paper's order; `zeta` is what `fg.normalize_by_zeta` takes."""
     trace = [] if momentum is None else [optax.trace(momentum, nesterov), fg.project(plan)]
     return optax.chain(
@@ -16,5 +16,5 @@ def chained(plan, rate, momentum=None, nesterov=False, every=None, max_change="a
         *trace,
         optax.scale_by_learning_rate(rate),
         fg.retract(plan),
-        fg.rescale(plan, every=every, max_change=max_change),
+        fg.rescale(plan, rescaling),
     )

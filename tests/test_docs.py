@@ -1,4 +1,4 @@
-"""The documentation: every public name has an example, excerpts are of the code, links lead somewhere, blocks run."""
+"""The documentation: every public name has an example, files named are there, links lead somewhere, blocks run."""
 
 import inspect
 import pathlib
@@ -98,13 +98,10 @@ def test_a_dead_link_is_found(tmp_path):
         test_internal_links_lead_somewhere(tmp_path / "page.md")
 
 
-def test_excerpts_are_of_the_code():
-    excerpts = re.findall(r'```python title="([^"]+)"\n(.*?)```', (ROOT / "docs/algorithm.md").read_text(), re.DOTALL)
-    assert len(excerpts) >= 15
-    for path, excerpt in excerpts:
-        lines = (ROOT / path).read_text().splitlines()
-        for line in excerpt.splitlines():
-            assert line in lines, f"{path} has no line {line!r}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    for path in re.findall(r"\b(?:fgsgd_jax|tests|tools|benchmarks)/[\w/.]+\.py\b", page.read_text()):
+        assert (ROOT / path).is_file(), f"{page.name} names {path}"
 
 
 RUNNABLE = [name for name in NAMED if "```python\n" in (ROOT / name).read_text()]

@@ -22,7 +22,7 @@ from fgsgd_jax.experiments import MetricsLog, TrainConfig, UsageError
 from fgsgd_jax.experiments._checkpoints import Checkpoints
 from fgsgd_jax.experiments._state import Totals, TrainState
 
-KILLED = Path(__file__).with_name("killed.py")
+KILLED = Path(__file__).parent.parent / "tools" / "killed.py"
 
 
 def trained(*command):
@@ -34,7 +34,7 @@ def trained(*command):
 
 @pytest.mark.slow
 def test_fifty_kills_lose_nothing_that_was_saved(record_property):
-    """Each assertion is in killed.py: what a process resumes from, the weights bit for bit, the log line by line."""
+    """Each assertion is in tools/killed.py: what a process resumes from, the weights bit for bit, the log line by line."""
     figures = trained(sys.executable, str(KILLED), "kill", "50", "0")
     assert figures["kills"] == 50
     assert figures["most steps lost"] <= 3

@@ -8,8 +8,9 @@ import sys
 import nbformat
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parent / "notebooks.py"
-NOTEBOOKS = sorted((SCRIPT.parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPT = ROOT / "tools" / "notebooks.py"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -31,7 +32,7 @@ def test_begins_with_a_badge_and_an_installation(path):
 
 
 def test_is_on_the_site(path):
-    assert f"`{path.name}`" in (SCRIPT.parent.parent / "docs/notebooks.md").read_text()
+    assert f"`{path.name}`" in (ROOT / "docs/notebooks.md").read_text()
 
 
 @pytest.mark.slow

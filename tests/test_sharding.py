@@ -1,6 +1,6 @@
 """Shared out over eight fake devices: the same result as on one, wherever weights lie and however axes are typed.
 
-The devices have to be asked for before JAX starts, so the trainings run in a process of their own: sharded.py.
+The devices have to be asked for before JAX starts, so the trainings run in a process of their own: tools/sharded.py.
 """
 
 import json
@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parent / "sharded.py"
+TESTS = pathlib.Path(__file__).parent
+SCRIPT = TESTS.parent / "tools" / "sharded.py"
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "2"}
 TYPES = ("Auto", "Explicit")
 LAYOUTS = ("data", "outputs", "inputs", "fully")
@@ -25,7 +26,10 @@ WHOLE = "gathers/Auto/fgsgd/qr"
 
 
 def results(*cases):
-    run = subprocess.run([sys.executable, SCRIPT, *cases], capture_output=True, text=True, env=os.environ | DEVICES)
+    # What it shares with the tests beside it lies there.
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | DEVICES | {"PYTHONPATH": path}
+    run = subprocess.run([sys.executable, SCRIPT, *cases], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -1,8 +1,8 @@
 """Which optimizers and wrappers of Optax run on manifolds: what is tried, and the table of what was found.
 
-`python tests/compat.py` (`make compat`) runs every optimizer alone and in every wrapper, in both dtypes, and writes
+`python tools/compat.py` (`make compat`) runs every optimizer alone and in every wrapper, in both dtypes, and writes
 docs/compatibility.md. What was found is kept in benchmarks/results/compat.json as it goes; interrupted, it goes on from
-there. test_compat.py runs a part of it.
+there. tests/test_compat.py runs a part of it.
 """
 
 from __future__ import annotations

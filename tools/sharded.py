@@ -1,4 +1,4 @@
-"""Trainings on eight fake devices beside the same on one: run by test_sharding.py, in a process of its own.
+"""Trainings on eight fake devices beside the same on one: run by tests/test_sharding.py, in a process of its own.
 
 Prints one JSON object: by the name of each case what was found. Cases are `axis type/layout/optimizer`.
 """
@@ -36,8 +36,8 @@ RULES = [
     ("*", None),
 ]
 OPTIMIZERS = {
-    "fgsgd": lambda plan: fg.fgsgd(0.1, plan, momentum=0.9, every=2),
-    "chain": lambda plan: chained(plan, 0.1, 0.9, every=2),
+    "fgsgd": lambda plan: fg.fgsgd(0.1, plan, momentum=0.9, rescaling=fg.Rescaling(every=2)),
+    "chain": lambda plan: chained(plan, 0.1, 0.9, rescaling=fg.Rescaling(every=2)),
     "adam": lambda plan: fg.on_manifolds(optax.adam(0.02), plan),
     "riemannian_adam": lambda plan: fg.riemannian_adam(0.02, plan),
 }

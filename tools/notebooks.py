@@ -1,6 +1,6 @@
 """Runs notebooks from top to bottom, each in a kernel of its own; says how long each took.
 
-    python tests/notebooks.py [NAME ...] [--pictures FOLDER]
+    python tools/notebooks.py [NAME ...] [--pictures FOLDER]
 
 With a folder, the pictures are written there on a light and on a dark page, to be looked at.
 """
