@@ -1,4 +1,4 @@
-"""Optimizers and wrappers of Optax on manifolds, and that docs/compatibility.md says what is found: see tools/compat.py.
+"""Optimizers and wrappers of Optax on manifolds, and docs/compatibility.md says what is found: see tools/compat.py.
 
 By default every optimizer runs on the mixture and every wrapper around and inside one of four optimizers, on all
 four schemes; the slow cases complete the optimizers' schemes and the pairs of wrapper and optimizer.

@@ -34,7 +34,7 @@ def trained(*command):
 
 @pytest.mark.slow
 def test_fifty_kills_lose_nothing_that_was_saved(record_property):
-    """Each assertion is in tools/killed.py: what a process resumes from, the weights bit for bit, the log line by line."""
+    """Each assertion is in tools/killed.py: what a process resumes from, weights bit for bit, the log line by line."""
     figures = trained(sys.executable, str(KILLED), "kill", "50", "0")
     assert figures["kills"] == 50
     assert figures["most steps lost"] <= 3

@@ -1,4 +1,4 @@
-"""Trainings that are killed at random moments or run out of disk: run by tests/test_hard_restarts.py, in its own process.
+"""Trainings that are killed at random moments or run out of disk: run by test_hard_restarts.py, in its own process.
 
 `killed.py kill COUNT SEED` or `killed.py full FOLDER`; prints one JSON object. A training is a process forked from one
 that has imported everything, with a compilation cache on the disk: a restart takes seconds.
