@@ -64,10 +64,11 @@ def test_other_retractions_can_be_lowered_for_accelerators(retraction):
 def test_an_exported_update_does_what_the_update_does():
     """On CPU, for which JAX has to be told that a layout constraint, no call to anything, may be exported."""
     update, params, state = started(lambda plan: fg.fgsgd(0.1, plan, momentum=0.9), SHAPES, RULES)
+    grads = jax.tree.map(jnp.ones_like, params)
     allowed = export.DisabledSafetyCheck.custom_call("LayoutConstraint")
-    exported = export.export(update, platforms=("cpu",), disabled_checks=[allowed])(params, state, params)
-    found, after = exported.call(params, state, params)
-    expected, expected_state = update(params, state, params)
+    exported = export.export(update, platforms=("cpu",), disabled_checks=[allowed])(grads, state, params)
+    found, after = exported.call(grads, state, params)
+    expected, expected_state = update(grads, state, params)
     for path in SHAPES:
         assert np.max(np.abs(found[path] - params[path])) > 1e-3
         np.testing.assert_allclose(found[path], expected[path], atol=1e-6)
