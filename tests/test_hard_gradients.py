@@ -151,7 +151,7 @@ def test_features_that_are_no_numbers_cost_lambda_nothing():
     params = {"kernel": jnp.zeros((3, 3, 3, 5), jnp.float32)}
     plan = fg.plan(params, [("*", fg.Each(fg.Sphere()))])
     params = fg.initialize(jax.random.key(0), params, plan)
-    tx = fg.fgsgd(0.1, plan, every=3, max_change=None)
+    tx = fg.fgsgd(0.1, plan, rescaling=fg.Rescaling(every=3, max_change=None))
     rng = np.random.default_rng(3)
 
     def moments(mean, m2):
