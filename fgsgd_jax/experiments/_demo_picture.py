@@ -34,12 +34,12 @@ def draw_demo(trainings: Trainings, weights: Mapping[str, Any], limits: str, pat
     """
     figure = Figure(figsize=(12.5, 8.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1, 1.1)))
     curves, seeds = left.subplots(2, 1)
     _draw_curves(curves, trainings)
     _draw_seeds(seeds, trainings)
     _draw_slices(right.subplots(), weights)
-    right.supxlabel("\n".join(textwrap.wrap(limits.replace("\n", " "), 82)), fontsize="small", x=0.02, ha="left")
+    right.supxlabel("\n".join(textwrap.wrap(limits.replace("\n", " "), 100)), fontsize="small", x=0.02, ha="left")
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)
@@ -96,7 +96,7 @@ def _draw_slices(axes: Axes, weights: Mapping[str, Any]) -> None:
         (axes.set_xlabel if labels.startswith("output") else axes.set_ylabel)(labels)
     axes.set_title(
         f"{weights['layer'].removesuffix('/kernel')}: {inputs}×{outputs} slices of {height}×{width} after training\n"
-        "colour: the slice's manifold; light: large entries, dark: small ones"
+        "colour: the slice's manifold; light: positive entries, dark: negative ones"
     )
     patches = [Patch(color=MANIFOLD_COLOURS[name], label=name) for name in weights["names"]]
     axes.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(patches), frameon=False)
@@ -113,7 +113,7 @@ def tiles(
             entries = kernel[:, :, row, column]
             # Each slice by its own largest entry: their norms differ by manifold.
             light = 0.5 + 0.5 * entries / max(np.abs(entries).max(), np.finfo(kernel.dtype).tiny)
-            colour = np.array(to_rgb(MANIFOLD_COLOURS[names[member[row, column]]]))
+            colour = np.array(to_rgb(MANIFOLD_COLOURS[names[int(member[row, column])]]))
             dark, pale = 0.35 * colour, 1 - 0.25 * (1 - colour)
             top, left = 1 + row * (height + 1), 1 + column * (width + 1)
             picture[top : top + height, left : left + width] = dark + light[..., None] * (pale - dark)

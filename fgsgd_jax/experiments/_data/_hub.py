@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
+from datasets import config
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from .._errors import UsageError, did_you_mean
@@ -95,25 +96,25 @@ def _tables(name: str) -> Iterator[dict[str, datasets.Dataset]]:
         if folder.is_dir():
             # `datasets` knows local files again by their paths and times, whatever has become of what is in them: here
             # they are read anew.
-            parent = Path(datasets.config.HF_DATASETS_CACHE)
+            parent = Path(config.HF_DATASETS_CACHE)
             parent.mkdir(parents=True, exist_ok=True)
             cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="fgsgd-", dir=parent))
             yield _read(name, folder, str(folder), None, cache)
             return
-        path, _, config = name.partition(":")
+        path, _, part = name.partition(":")
         if not HUB_NAME.fullmatch(name):
             raise UsageError(f"data folder {name!r} does not exist{_near(folder)}; give {PLACES}")
         if reason := _ask_hub(name, path, folder):
             stack.enter_context(_offline())
             try:
-                tables = _read(name, folder, path, config or None, None)
+                tables = _read(name, folder, path, part or None, None)
             except UsageError as error:
                 raise UsageError(
                     f"data {name!r}: there is no such folder or file here{_near(folder)}, and the Hugging Face hub "
                     f"cannot be asked for a set of that name ({reason})"
                 ) from error
         else:
-            tables = _read(name, folder, path, config or None, None)
+            tables = _read(name, folder, path, part or None, None)
         yield tables
 
 
@@ -147,22 +148,22 @@ def _near(folder: Path) -> str:
 @contextmanager
 def _offline() -> Iterator[None]:
     """No look at the hub: what was loaded from it before is in the cache."""
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    before = config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+        config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _read(name: str, folder: Path, path: str, config: str | None, cache: str | None) -> dict[str, datasets.Dataset]:
+def _read(name: str, folder: Path, path: str, part: str | None, cache: str | None) -> dict[str, datasets.Dataset]:
     try:
         with _quiet_bars():
-            tables = datasets.load_dataset(path, config, cache_dir=cache)
+            tables = datasets.load_dataset(path, part, cache_dir=cache)
     # `datasets` lets through whatever its readers, its network client and its cache raise.
     except Exception as error:
         if folder.is_dir():

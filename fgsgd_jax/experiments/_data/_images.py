@@ -1,5 +1,6 @@
 import dataclasses
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -54,7 +55,7 @@ class ImageSet:
         }
 
 
-def data_difference(mine: dict[str, object], others: dict[str, object]) -> str | None:
+def data_difference(mine: Mapping[str, object], others: Mapping[str, object]) -> str | None:
     """The first thing in which two fingerprints differ, in words; `None` where they are of the same content."""
     for name, words in (("classes", "classes"), ("train", "training images"), ("test", "test images")):
         one, other = mine.get(name), others.get(name)
