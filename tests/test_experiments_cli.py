@@ -1,8 +1,12 @@
 """The command line: what it prints, what it leaves behind and how it ends."""
 
 import builtins
+import dataclasses
 import io
 import json
+import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,15 +17,24 @@ import pytest
 
 pytest.importorskip("tyro")
 import orbax.checkpoint as ocp
+import tyro
+from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from fgsgd_jax.experiments import TrainConfig, Trainer, _run, load
 from fgsgd_jax.experiments.__main__ import main
+from fgsgd_jax.experiments._commands import COMMANDS, _demo
+from fgsgd_jax.experiments._commands._compare import Compare
 from fgsgd_jax.experiments._commands._train import Train
+from fgsgd_jax.experiments._demo_picture import MANIFOLD_COLOURS, tiles
 from fgsgd_jax.experiments._log import MetricsLog
+from fgsgd_jax.experiments._paired import paired_difference
 from fgsgd_jax.experiments._progress import ProgressDisplay, epoch_line, legend
+from fgsgd_jax.experiments._rows import check_rows, row_config
 from fgsgd_jax.experiments._state import Glance, Totals, Zeta
 
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = ["--limit-train", "64", "--limit-test", "32", "--batch-size", "32", "--epochs", "1", "--scheme", "euc"]
 
 
@@ -114,12 +127,35 @@ def test_one_vocabulary_for_schemes(tmp_path):
     assert TrainConfig(scheme="pio3").difference(TrainConfig()) is None
 
 
+def commands_of(page):
+    """The command lines in a page's blocks, without what is said behind them and before them."""
+    lines = [line for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL) for line in block.splitlines()]
+    return [match[1] for line in lines if (match := re.match(r"(?:[A-Z_]+=\S+ )*fgsgd (?!demo\b)(.*)", line))]
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_every_command_of_the_pages_can_be_read(page):
+    for command in commands_of(page):
+        name, *options = shlex.split(command, comments=True)
+        if name not in COMMANDS:
+            continue  # what the terminal says, which begins like a command
+        read = tyro.cli(COMMANDS[name], args=options)
+        if isinstance(read, Compare):
+            check_rows(read.rows.split(","), TrainConfig())
+        elif isinstance(read, Train):
+            read.config.check()
+
+
 def test_train_prints_lines_resumes_and_never_overwrites(capsys, refused, tmp_path):
     main(["train", *TINY])
     folder = tmp_path / "runs" / "digits-resnet8-euc-seed0"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("loss, error: of the epoch's training images")
-    assert lines[1].startswith("epoch 1/1  loss ")
+    assert lines[0] == "digits: 64 training and 32 test images, 8×8 grey, 10 classes"
+    assert lines[1] == "augmentation: random crops"
+    assert lines[2].startswith("loss, error: of the epoch's training images")
+    assert lines[3].startswith("epoch 1/1  loss ")
     assert lines[-1].endswith("picture: runs/digits-resnet8-euc-seed0/picture.png")
     assert all(len(line) <= 80 for line in lines[:-1])
     assert (folder / "picture.png").exists()
@@ -143,8 +179,6 @@ def test_train_prints_lines_resumes_and_never_overwrites(capsys, refused, tmp_pa
 
 def test_gamma_is_a_word_or_a_number():
     for text, value in (("glorot", "glorot"), ("0.5", 0.5)):
-        import tyro
-
         assert tyro.cli(TrainConfig, args=["--gamma", text]).gamma == value
 
 
@@ -188,16 +222,55 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
 
 
 @pytest.mark.slow
-def test_the_demonstration_prints_a_table_and_draws_a_picture(capsys, tmp_path):
-    main(["demo", "--epochs", "2"])
-    main(["demo", "--epochs", "1"])
-    out = capsys.readouterr().out
+def test_the_demonstration_prints_a_table_and_draws_a_picture(capsys, tmp_path, refused):
+    main(["demo", "--epochs", "3", "--seeds", "2"])
+    out = " ".join(capsys.readouterr().out.split())
     assert "picture: runs/demo/picture.png" in out
-    assert "picture: runs/demo-2/picture.png" in out
-    for heading in ("test error", "test loss", "violation", "step", "Euclidean SGD", "FG-SGD"):
-        assert heading in out
-    _, records = MetricsLog(tmp_path / "runs/demo/pio/metrics.jsonl").read()
-    assert records[-1]["violation"] < 1e-6
+    for words in ("test error, %", "largest violation", "95 % interval", "of 2 seeds", "Where it does not help"):
+        assert words in out
+    found = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    for (name, config), records in zip(found["setting"].items(), found["trainings"].values(), strict=True):
+        assert name in found["trainings"]
+        assert [record["seed"] for record in records] == [0, 1]
+        assert [record["epochs"] for record in records] == [[1, 2, 3]] * 2
+        assert (config["scheme"] == "euc") == (records[0]["violation"] is None)
+        assert (records[0]["violation"] or 0) < 1e-6
+    assert (tmp_path / "runs/demo/picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "already holds something" in refused("demo", "--run-dir", "runs/demo")
+    assert "give 2 or more" in refused("demo", "--seeds", "1")
+
+
+def test_the_demonstration_is_a_setting_of_the_findings():
+    """The rates, decays and the difference that it quotes are those of the published comparison."""
+    folder = ROOT / "benchmarks" / "results" / "compare_digits_250"
+    found = json.loads((folder / "results.json").read_text())
+    base = found["comparison"]["base"]
+    assert {key: base[key] for key in _demo.SETTING} == _demo.SETTING
+    assert base["epochs"] == _demo.Demo().epochs
+    tested = {}
+    for row, changes in zip(("euc", "pio3~wd=0.005"), _demo.ROWS.values(), strict=True):
+        asked = row_config(row, TrainConfig())
+        assert TrainConfig(**changes).check() == dataclasses.replace(asked, lr=changes["lr"])
+        of_row = [t for t in found["trainings"] if (t["row"], t["stage"]) == (row, "test")]
+        assert {t["lr"] for t in of_row} == {changes["lr"]}
+        tested[row] = np.array([t["error"] for t in sorted(of_row, key=lambda t: t["seed"])])
+    difference = paired_difference(tested["pio3~wd=0.005"], tested["euc"])
+    quoted = f"{difference.mean:+.2f}, {difference.lower:+.2f} to {difference.upper:+.2f}"
+    assert quoted == _demo.WITH_20_SEEDS
+    # Larger than its spread over the seeds.
+    assert abs(difference.mean) > np.std(tested["pio3~wd=0.005"] - tested["euc"], ddof=1)
+
+
+def test_slices_are_drawn_in_their_manifolds_colours():
+    kernel = np.array([1.0, -1.0, 0.5, 2.0]).reshape(1, 1, 2, 2).repeat(3, 0).repeat(3, 1)
+    picture = tiles(kernel, np.array([[0, 1], [1, 0]]), ["Sphere", "Stiefel"])
+    assert picture.shape == (9, 9, 3)
+    assert np.all(picture[0] == 1)
+    assert np.all(picture[:, 4] == 1)
+    sphere, stiefel = (np.array(to_rgb(MANIFOLD_COLOURS[name])) for name in ("Sphere", "Stiefel"))
+    np.testing.assert_allclose(picture[1, 1], 1 - 0.25 * (1 - sphere))
+    np.testing.assert_allclose(picture[1, 5], 0.35 * stiefel)
+    np.testing.assert_allclose(picture[5, 1], 1 - 0.25 * (1 - stiefel))
 
 
 @pytest.mark.slow

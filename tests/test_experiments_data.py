@@ -1,11 +1,18 @@
 """Images come in from many places; what cannot be trained on is refused in words."""
 
+import gzip
+import os
+import shutil
+import struct
+import typing
+
 import numpy as np
 import pytest
 
 pytest.importorskip("datasets")
 import datasets
 import PIL.Image
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from fgsgd_jax.experiments import UsageError, hold_out, limit, load
 
@@ -89,9 +96,118 @@ def test_words_and_numbers_are_labels_too(tmp_path):
     np.testing.assert_array_equal(data.train.labels[:2], [0, 1])
 
 
-def test_grey_beside_colour_becomes_colour(tmp_path):
+def test_grey_beside_colour_becomes_colour_and_is_said(tmp_path):
     data = load(str(folder_of_classes(tmp_path / "set", [(6, 6), (6, 6, 3)])))
     assert data.channels == 3
+    assert any("training images are grey among colour: all are taken as colour" in line for line in data.summary())
+    # All grey in one split, and none in the other.
+    split = tmp_path / "split"
+    folder_of_classes(split / "train", [(6, 6, 3)])
+    folder_of_classes(split / "test", [(6, 6)])
+    data = load(str(split))
+    assert data.summary() == [
+        "split: 10 training and 10 test images, 6×6 colour, 2 classes",
+        "the test images are grey, the others colour: all are taken as colour",
+    ]
+
+
+def test_what_is_held_out_is_said(tmp_path):
+    data = load(str(folder_of_classes(tmp_path / "set", [(6, 6)])))
+    assert data.summary() == [
+        "set: 8 training and 2 test images, 6×6 grey, 2 classes",
+        "no split to test on: 2 of the images, 20% of each class, are held out for it, the same in every run",
+    ]
+    assert load("digits").notes == ()
+    assert "200 of the training images, held out" in load("digits", validation=0.2).summary()[1]
+
+
+@pytest.mark.parametrize("names", [("x_train", "y_train", "x_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"), ("images", "labels")])  # fmt: skip
+def test_arrays_of_numpy_are_images_too(names, tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (10, 6, 6, 3), np.uint8), np.array([4, 7] * 5)
+    values = (images, labels[:, None], images[:4], labels[:4])
+    np.savez(tmp_path / "set.npz", **dict(zip(names, values, strict=False)))
+    data = load(str(tmp_path / "set.npz"))
+    assert data.classes == ("4", "7")
+    if len(names) == 4:
+        np.testing.assert_array_equal(data.train.images, images)
+        np.testing.assert_array_equal(data.test.labels, [0, 1, 0, 1])
+        assert not data.notes
+    else:
+        assert (len(data.train), len(data.test)) == (8, 2)
+        assert "held out" in data.notes[0]
+    assert load(str(tmp_path / "set.npz"), image_size=4, limit_train=2).train.images.shape == (2, 4, 4, 3)
+    assert load(str(arrays(tmp_path, x_train=images[..., 0], y_train=labels)), image_size=4).channels == 1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_format_of_mnist_is_refused_with_the_lines_that_convert_it(packed, tmp_path, monkeypatch, refused):
+    rng = np.random.default_rng(0)
+    named = {"train": (rng.integers(0, 256, (8, 6, 5), np.uint8), rng.permutation(8) % 3)}
+    named["t10k"] = (rng.integers(0, 256, (4, 6, 5), np.uint8), rng.permutation(4) % 3)
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for split, (images, labels) in named.items():
+        for what, array in (("images", images), ("labels", labels.astype(np.uint8))):
+            content = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+            name = f"{split}-{what}-idx{array.ndim}-ubyte"
+            (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
+    for given in (folder, next(folder.iterdir())):
+        with pytest.raises(UsageError, match=r"IDX, the format of MNIST; .* --data .*images\.npz") as error:
+            load(str(given))
+    exec(error.value.program, {})
+    data = load(str(folder / "images.npz"))
+    for split, (images, labels) in zip((data.train, data.test), named.values(), strict=True):
+        np.testing.assert_array_equal(split.images[..., 0], images)
+        np.testing.assert_array_equal(split.labels, labels)
+
+
+def test_what_became_of_a_file_of_the_same_name_and_time_is_noticed(tmp_path):
+    root = two_splits(tmp_path / "set")
+    before = load(str(root))
+    times = {path: path.stat().st_mtime_ns for path in root.iterdir()}
+    shutil.rmtree(root)
+    two_splits(root, labels=lambda n: [(i + 1) % 2 for i in range(n)])
+    for path, time in times.items():
+        os.utime(path, ns=(time, time))
+    after = load(str(root))
+    np.testing.assert_array_equal(after.train.labels, 1 - before.train.labels)
+    # And nothing is left behind.
+    assert not list((tmp_path / "cache").glob("fgsgd-*"))
+
+
+def test_the_hub_is_asked_once_and_not_for_long(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    asked = []
+
+    def ask(error):
+        def dataset_info(self, name, timeout):
+            asked.append((name, timeout))
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+
+    def unreachable(*_, **__):
+        pytest.fail("goes to the network")
+
+    monkeypatch.setattr("socket.getaddrinfo", unreachable)
+    ask(RepositoryNotFoundError("404", response=Response()))
+    with pytest.raises(UsageError, match=r"no such folder or file here \(did you mean 'photos'\?\), nor such a set"):
+        load("photo")
+    ask(ConnectionError("no network\nat all"))
+    with pytest.raises(UsageError, match=r"cannot be asked for a set of that name \(no network\)$"):
+        load("owner/photo")
+    assert asked == [("photo", 5), ("owner/photo", 5)]
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+class Response:
+    """What the network client has of an answer."""
+
+    headers: typing.ClassVar[dict[str, str]] = {}
+    request = None
 
 
 def test_image_size_cuts_and_scales(tmp_path):
@@ -122,6 +238,46 @@ def test_held_out_images_are_training_images_and_no_longer_trained_on():
 
 def missing(root):
     return root / "nowhere"
+
+
+def misspelled(root):
+    (root / "photos").mkdir()
+    return root / "photo"
+
+
+def arrays(root, **named):
+    np.savez(root / "set.npz", **named)
+    return root / "set.npz"
+
+
+def no_arrays(root):
+    return arrays(root, pixels=np.zeros(3))
+
+
+def fractions(root):
+    return arrays(root, x_train=np.zeros((4, 6, 6)), y_train=np.arange(4) % 2)
+
+
+def flat_arrays(root):
+    return arrays(root, x_train=np.zeros((4, 36), np.uint8), y_train=np.arange(4) % 2)
+
+
+def few_labels(root):
+    return arrays(root, x_train=np.zeros((4, 6, 6), np.uint8), y_train=np.arange(3) % 2)
+
+
+def damaged_arrays(root):
+    (root / "set.npz").write_bytes(b"PK\3\4 no more")
+    return root / "set.npz"
+
+
+def unnamed_labels(root):
+    """Words that are labels, and words that are one of each image."""
+    parquet(root / "train.parquet", {"img": [picture((6, 6), i) for i in range(6)], "kind": ["a", "b"] * 3,
+        "file": [f"{i}.png" for i in range(6)], "weight": [0.5] * 6}, {"img": datasets.Image(),
+        "kind": datasets.Value("string"), "file": datasets.Value("string"), "weight": datasets.Value("float32")
+    })  # fmt: skip
+    return root
 
 
 def empty(root):
@@ -195,18 +351,25 @@ def several_labels(root):
     ("make", "said"),
     [
         (missing, "does not exist"),
+        (misspelled, r"does not exist \(did you mean 'photos'\?\)"),
         (empty, "cannot be read as a set of images"),
         (a_file, "give the folder"),
+        (no_arrays, "holds pixels; its arrays should be called x_train and y_train"),
+        (fractions, r"x_train holds float64; images are bytes .* \(255 \* x\)"),
+        (flat_arrays, "x_train is 4×36; images are n × height × width"),
+        (few_labels, "y_train has 3 labels for 4 images"),
+        (damaged_arrays, "cannot be read"),
         (damaged_table, "cannot be read as a set of images"),
         (no_images, "no column of images; its columns are text, label"),
-        (unlabelled, "no label column"),
+        (unlabelled, "no label column: no other column has a class an image; .* or sort the images"),
+        (unnamed_labels, r"no label column: name one by --label-column \(kind\), or sort"),
         (mixed_sizes, "mixed sizes .* 6×6, .* 6×7.*--image-size 6"),
         (unreadable, r"0\.png\) cannot be read"),
         (sixteen_bits, "mode I;16; convert"),
         (one_class, "one class only"),
         (too_few, "no test images; give more images"),
         (unknown_class, "'maybe', which is none of the 2 classes"),
-        (numbers_for_labels, "such things as 0.5; name another by --label-column"),
+        (numbers_for_labels, "such things as 0.5; no other column has a class an image"),
         (several_labels, "several label columns; choose by --label-column: fine, coarse"),
     ],
 )
@@ -222,7 +385,7 @@ def test_columns_can_be_named(tmp_path):
     several_labels(tmp_path)
     data = load(str(tmp_path), label_column="coarse", image_column="img", limit_train=4)
     assert data.classes == ("a", "b")
-    with pytest.raises(UsageError, match="no column 'colour'; --label-column: img, fine, coarse"):
-        load(str(tmp_path), label_column="colour")
+    with pytest.raises(UsageError, match=r"no column 'course'; did you mean 'coarse'\? --label-column: fine, coarse$"):
+        load(str(tmp_path), label_column="course")
     with pytest.raises(UsageError, match="no image column 'fine'; --image-column: img"):
         load(str(tmp_path), image_column="fine")

@@ -66,7 +66,8 @@ def _draw_operators(axes: Axes, measures: Measures) -> None:
 
 def no_bound(measures: Measures) -> str | None:
     """Why the bounds of the papers are infinite, where they are."""
-    if measures.bounds.papers is None or not np.isposinf(list(measures.bounds.papers)).any():
+    papers = measures.bounds.papers
+    if papers is None or not np.isposinf(papers).any():
         return None
     if measures.bounds.margin > 0:
         return "∞: a norm of the network is not finite"

@@ -20,7 +20,7 @@ from ._errors import UsageError
 from ._fit import fit
 from ._log import Record, finite
 from ._rows import row_config
-from ._run import load_for
+from ._run import about_data, load_for
 from ._state import TrainState
 from ._trainer import Trainer
 from ._versions import versions
@@ -87,6 +87,8 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
             # The file's versions are those of its first trainings.
             made_now = {"versions": header["versions"]}
             header["versions"] = found["versions"]
+    for line in about_data(comparison.base, data):
+        say(line)
     results = [] if found is None else found["trainings"]
     done = {_key(record) for record in results}
     trainers = _Trainers(data)

@@ -16,7 +16,9 @@ class TrainConfig:
     """Everything that a training's result depends on. Two runs of one config give the same weights."""
 
     data: str = "digits"
-    """`digits`, a local folder of images, or a name on the Hugging Face hub (owner/set or owner/set:config)."""
+    """`digits` (built in); a folder of Parquet files with an image and a label column; a folder with one folder of
+    images per class, in train/ and test/ or not; a .npz file of arrays x_train, y_train (, x_test, y_test); or a name
+    on the Hugging Face hub (owner/set or owner/set:config). Without a split to test on, a fifth is held out."""
     model: str = "resnet8"
     """resnet8|14|20|32|44|56|110, resnet50|101, each with `se` before it; linen-resnet8|…|110; plain8|…|110, which
     have no normalization."""
@@ -60,7 +62,7 @@ class TrainConfig:
     clip: Annotated[float | None, tyro.conf.arg(metavar="NORM")] = None
     """Shorten the gradient of all weights together to this norm, before anything else."""
     augment: Augmentation = "auto"
-    """auto: random crops, and flips too unless the images are digits."""
+    """auto: random crops, and flips too unless the images are the built-in digits."""
     limit_train: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Train on N images, class-balanced, the same ones whatever the seed."""
     limit_test: Annotated[int | None, tyro.conf.arg(metavar="N")] = None

@@ -11,6 +11,7 @@ from rich.console import Console
 import fgsgd_jax as fg
 
 from . import _processes as processes
+from ._augment import resolve
 from ._checkpoints import Checkpoints
 from ._config import TrainConfig
 from ._data import ImageSet, data_difference, load
@@ -90,6 +91,8 @@ def run(
         header = {"config": config.to_dict(), "data": trainer.data.fingerprint(), "versions": versions()}
         _create(log, header)
 
+    for line in about_data(config, trainer.data):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     report = _with_bounds(trainer, Measurer(trainer, state.params)) if report_bounds else trainer.report
 
     records: list[Record] = []
@@ -133,6 +136,17 @@ def load_for(config: TrainConfig) -> ImageSet:
         limit_test=config.limit_test,
         validation=config.validation,
     )
+
+
+def about_data(config: TrainConfig, data: ImageSet) -> list[str]:
+    """What is trained and tested on, and how the images are changed: what a user would want to know beforehand."""
+    augmentation = resolve(config.augment, config.data)
+    words = {"none": "none", "crop": "random crops", "crop-flip": "random crops, mirrored half of the time"}[
+        augmentation
+    ]
+    if config.augment == "auto" and augmentation == "crop-flip":
+        words += " (--augment crop where a mirrored image is another thing, as of digits)"
+    return [*data.summary(), f"augmentation: {words}"]
 
 
 def refuse_taken(folder: Path) -> None:

@@ -130,7 +130,15 @@ def _run_on_cpu(operation, is_tangent, manifolds, form, layers, factor) -> Resul
     def of(form):
         return functools.partial(_run, operation, is_tangent, manifolds, form)
 
-    return lax.platform_dependent(layers, factor, cpu=of(form), default=of(_xla))
+    return lax.platform_dependent(_varying(layers, factor), factor, cpu=of(form), default=of(_xla))
+
+
+def _varying(layers: Sequence[Layer], factor: Array) -> Sequence[Layer]:
+    """The layers, in `shard_map` of a type that differs between devices where that of any argument does."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return layers
+    nothing = sum(jnp.zeros_like(leaf, factor.dtype, shape=()) for leaf in jax.tree.leaves((layers, factor)))
+    return jax.tree.map(lambda a: a + nothing if jnp.issubdtype(a.dtype, jnp.floating) else a, layers)
 
 
 @_run_on_cpu.defjvp

@@ -82,14 +82,7 @@ def by_chunks(
         results = lax.dynamic_update_slice_in_dim(results, result, start, axis)
         return results, lax.dynamic_update_slice_in_dim(figures, figure, start, axis)
 
-    return lax.fori_loop(0, chunks, chunk, (_varying(layer.w, layer), _varying(layer.radius, layer)))
-
-
-def _varying(a: Array, layer: Layer) -> Array:
-    """`a`, in `shard_map` of a type that differs between devices where any of the arguments does."""
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return a
-    return a + sum(jnp.zeros_like(leaf, a.dtype, shape=(1,) * a.ndim) for leaf in jax.tree.leaves(layer))
+    return lax.fori_loop(0, chunks, chunk, (layer.w, layer.radius))
 
 
 def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from ..groups import Plan, Rules, as_plan, buckets, by_path, from_paths, violation
+from ..groups import Plan, Rules, Stacks, as_plan, buckets, by_path, from_paths, violation
 from ..manifolds import compute_dtype
 from ._rescaling import InitialRadii
 from ._scale import ScaleState
@@ -129,12 +129,7 @@ def check_still_on_manifold(link: str, call: Call, params: Any, scale: ScaleStat
     if any(isinstance(radius, Tracer) for radius in scale.radii):
         return
     limit = _OFF_MANIFOLD if scale.lambdas is None else _OFF_AT_NEW_RADII
-    radii = {
-        path: radius
-        for bucket, stacked in zip(buckets(call.plan), scale.radii, strict=True)
-        for path, radius in zip(bucket.paths, stacked, strict=True)
-    }
-    for path, found in _violations(call.plan, call.points, params, radii, limit).items():
+    for path, found in _violations(call.plan, call.points, params, scale.radii, limit).items():
         raise ValueError(
             f"{link}: {path} has left its manifolds by {found:.2g} since the last step: something around {link} "
             "changes its displacements, or the weights (optax.ema, apply_every, lookahead, reduce_on_plateau, "
@@ -145,15 +140,19 @@ def check_still_on_manifold(link: str, call: Call, params: Any, scale: ScaleStat
 
 
 def _violations(
-    plan: Plan, leaves: ByPath, params: Any, radii: dict[str, Array] | Literal["fitted"] | None, limit: float
+    plan: Plan, leaves: ByPath, params: Any, radii: Stacks | Literal["fitted"] | None, limit: float
 ) -> dict[str, float]:
     """Of the parameters that are further off than `limit` and rounding; of none where they cannot be looked at."""
     if any(path not in leaves or isinstance(leaves[path], (Tracer, jax.ShapeDtypeStruct)) for path in plan):
         return {}
     # Inside `lax.cond`, as of optax.conditionally_transform, even what is made of known numbers would be traced.
     with jax.ensure_compile_time_eval():
+        own: Any = radii
+        if isinstance(radii, tuple):
+            pairs = zip(buckets(plan), radii, strict=True)
+            own = {path: radius for bucket, stack in pairs for path, radius in zip(bucket.paths, stack, strict=True)}
         return {
             path: float(found)
-            for path, found in violation(params, plan, radii).items()
+            for path, found in violation(params, plan, own).items()
             if not float(found) <= max(limit, 16 * float(jnp.finfo(leaves[path].dtype).eps))
         }

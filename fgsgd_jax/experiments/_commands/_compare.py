@@ -71,7 +71,7 @@ class Compare(Command):
         folder = self.run_dir or Path("runs") / f"compare-{Path(config.data).name}-{config.model}"
         comparison = Comparison(config, rows, self._rates(), self.seeds, self.tuning_seeds, self.held_out)
         try:
-            compare(comparison, folder, lambda line: console.print(line, highlight=False, soft_wrap=True))
+            compare(comparison, folder, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
         except KeyboardInterrupt as interruption:
             raise KeyboardInterrupt("the same command goes on where it was") from interruption
         found = read_results(folder / RESULTS)

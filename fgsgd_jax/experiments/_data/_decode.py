@@ -14,8 +14,8 @@ COLOUR = ("RGB", "RGBA", "P", "CMYK", "YCbCr", "LA", "PA", "HSV", "LAB", "RGBX",
 
 def decode(
     encoded: Iterable[dict | None], rows: Sequence[int] | np.ndarray, where: str, size: int | None
-) -> np.ndarray:
-    """Decode images to one array of unsigned bytes, `[n, height, width, 1 or 3]`.
+) -> tuple[np.ndarray, int]:
+    """Decode images to one array of unsigned bytes, `[n, height, width, 1 or 3]`, and count the grey ones.
 
     Args:
         encoded: for every image its `bytes`, or its `path` where there are none.
@@ -24,10 +24,11 @@ def decode(
         size: cut every image to the middle square and scale it to this height and width.
 
     Returns:
-        The images; grey if all are grey, RGB otherwise.
+        The images, grey if all are grey, RGB otherwise; and how many of them are grey.
     """
     images = [_open(item, f"{where}: image {row}", size) for row, item in zip(rows, encoded, strict=True)]
-    mode = "L" if all(image.mode in GREY for image in images) else "RGB"
+    grey = sum(image.mode in GREY for image in images)
+    mode = "L" if grey == len(images) else "RGB"
     arrays = []
     for row, image in zip(rows, images, strict=True):
         if image.size != images[0].size:
@@ -38,9 +39,9 @@ def decode(
             )
         arrays.append(np.asarray(image.convert(mode), np.uint8))
     if not arrays:
-        return np.zeros((0, 0, 0, 1), np.uint8)
+        return np.zeros((0, 0, 0, 1), np.uint8), 0
     stacked = np.stack(arrays)
-    return stacked[..., None] if mode == "L" else stacked
+    return (stacked[..., None] if mode == "L" else stacked), grey
 
 
 def _open(item: dict | None, what: str, size: int | None) -> Image.Image:

@@ -1,20 +1,26 @@
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
+from datasets import config
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-from .._errors import UsageError
+from .._errors import UsageError, did_you_mean
 from ._decode import decode
 from ._images import ImageSet, Split
-from ._subset import balanced_order
+from ._subset import balanced_order, split_rows
 
+WORDS = {"train": "training", "test": "test"}
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
-# What is held out of a set that comes without a split to test on.
-TEST_SHARE = 0.2
+# Seconds that the hub has to say whether it knows a set.
+HUB_PATIENCE = 5
+PLACES = "`digits`, a folder, a .npz file or a hub name (owner/set or owner/set:config)"
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
@@ -31,7 +37,20 @@ def load_hub(
 
     Only the images that the limits keep are decoded.
     """
-    tables = _tables(name)
+    with _tables(name) as tables:
+        return _images_of(name, tables, image_column, label_column, image_size, limit_train, limit_test)
+
+
+def _images_of(
+    name: str,
+    tables: dict[str, datasets.Dataset],
+    image_column: str | None,
+    label_column: str | None,
+    image_size: int | None,
+    limit_train: int | None,
+    limit_test: int | None,
+) -> ImageSet:
+    notes: list[str] = []
     any_table = next(iter(tables.values()))
     image_column = _image_column(name, any_table, image_column)
     label_column = _label_column(name, any_table, label_column)
@@ -39,9 +58,8 @@ def load_hub(
     train_table, test_table = _train_and_test(name, tables)
     train_labels, classes = _train_labels(name, train_table, label_column)
     if test_table is None:
-        order = balanced_order(train_labels, seed=0)
-        held = round(TEST_SHARE * len(order))
-        train_rows, test_rows = order[held:], order[:held]
+        train_rows, test_rows, note = split_rows(train_labels)
+        notes.append(note)
         test_table, test_labels = train_table, train_labels
     else:
         test_labels = _encode(name, test_table, label_column, classes)
@@ -52,35 +70,109 @@ def load_hub(
             rows = rows[balanced_order(labels[rows], seed=0)[:limit]]
         encoded = table.cast_column(image_column, datasets.Image(decode=False)).select(rows)
         cells = (dict(row)[image_column] for row in encoded)
-        images = decode(cells, rows, f"data {name!r}, split {which}", image_size)
+        images, grey = decode(cells, rows, f"data {name!r}, split {which}", image_size)
+        if 0 < grey < len(rows):
+            notes.append(
+                f"{grey:,} of the {len(rows):,} {WORDS[which]} images are grey among colour: all are taken as colour"
+            )
         return Split(images, labels[rows])
 
     train = split("train", train_table, train_labels, train_rows, limit_train)
     test = split("test", test_table, test_labels, test_rows, limit_test)
+    if train.images.shape[-1] != test.images.shape[-1]:
+        grey = "training" if train.images.shape[-1] == 1 else "test"
+        notes.append(f"the {grey} images are grey, the others colour: all are taken as colour")
     train, test = _same_channels(train, test)
-    return ImageSet(name=Path(name).name, train=train, test=test, classes=classes)
+    return ImageSet(name=Path(name).name, train=train, test=test, classes=classes, notes=tuple(notes))
 
 
-def _tables(name: str) -> dict[str, datasets.Dataset]:
+@contextmanager
+def _tables(name: str) -> Iterator[dict[str, datasets.Dataset]]:
+    """The splits of a set, for as long as the context lasts."""
     folder = Path(name).expanduser()
     if folder.is_file():
-        raise UsageError(f"data {name!r} is a file; give the folder that holds it")
-    if not folder.is_dir() and not HUB_NAME.fullmatch(name):
-        raise UsageError(f"data folder {name!r} does not exist; give `digits`, a folder or a hub name (owner/set)")
-    path, config = (str(folder), None) if folder.is_dir() else (name.partition(":")[0], name.partition(":")[2] or None)
+        raise UsageError(f"data {name!r} is a file, and none of arrays (.npz); give the folder that holds it")
+    with ExitStack() as stack:
+        if folder.is_dir():
+            # `datasets` knows local files again by their paths and times, whatever has become of what is in them: here
+            # they are read anew.
+            parent = Path(config.HF_DATASETS_CACHE)
+            parent.mkdir(parents=True, exist_ok=True)
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="fgsgd-", dir=parent))
+            yield _read(name, folder, str(folder), None, cache)
+            return
+        path, _, part = name.partition(":")
+        if not HUB_NAME.fullmatch(name):
+            raise UsageError(f"data folder {name!r} does not exist{_near(folder)}; give {PLACES}")
+        if reason := _ask_hub(name, path, folder):
+            stack.enter_context(_offline())
+            try:
+                tables = _read(name, folder, path, part or None, None)
+            except UsageError as error:
+                raise UsageError(
+                    f"data {name!r}: there is no such folder or file here{_near(folder)}, and the Hugging Face hub "
+                    f"cannot be asked for a set of that name ({reason})"
+                ) from error
+        else:
+            tables = _read(name, folder, path, part or None, None)
+        yield tables
+
+
+def _ask_hub(name: str, path: str, folder: Path) -> str | None:
+    """Ask the hub once, without the retries of a download, whether it has a set: why there is no answer, if so."""
+    try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=HUB_PATIENCE)
+    except GatedRepoError as error:
+        raise UsageError(
+            f"data {name!r} is given by the Hugging Face hub to those alone who asked for it: log in by `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UsageError(
+            f"data {name!r}: there is no such folder or file here{_near(folder)}, nor such a set on the Hugging Face "
+            f"hub; give {PLACES}"
+        ) from error
+    # Whatever the network client raises: no network, no answer in time, a hub that is down.
+    except Exception as error:
+        return _reason(error)
+    return None
+
+
+def _near(folder: Path) -> str:
+    """A question whether another folder beside it was meant."""
+    parent = folder.parent
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    guess = did_you_mean(folder.name, names).strip(" ?")
+    return f" ({guess}?)" if guess else ""
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """No look at the hub: what was loaded from it before is in the cache."""
+    before = config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _read(name: str, folder: Path, path: str, part: str | None, cache: str | None) -> dict[str, datasets.Dataset]:
     try:
         with _quiet_bars():
-            tables = datasets.load_dataset(path, config)
+            tables = datasets.load_dataset(path, part, cache_dir=cache)
     # `datasets` lets through whatever its readers, its network client and its cache raise.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if folder.is_dir():
             raise UsageError(
-                f"data folder {name!r} cannot be read as a set of images ({reason}); it should hold Parquet files "
-                "with an image and a label column, or one folder of images per class"
+                f"data folder {name!r} cannot be read as a set of images ({_reason(error)}); it should hold Parquet "
+                "files with an image and a label column, or one folder of images per class"
             ) from error
         raise UsageError(
-            f"data {name!r} is no folder here and could not be loaded from the Hugging Face hub ({reason}); "
+            f"data {name!r} is no folder here and could not be loaded from the Hugging Face hub ({_reason(error)}); "
             "give `digits`, a folder or a hub name (owner/set or owner/set:config)"
         ) from error
     if not isinstance(tables, datasets.DatasetDict) or not tables:
@@ -118,7 +210,11 @@ def _label_column(name: str, table: datasets.Dataset, chosen: str | None) -> str
     columns = table.column_names
     if chosen is not None:
         if chosen not in columns:
-            raise UsageError(f"data {name!r} has no column {chosen!r}; --label-column: {_listed(columns)}")
+            candidates = _label_like(table)
+            raise UsageError(
+                f"data {name!r} has no column {chosen!r}; {did_you_mean(chosen, candidates)}--label-column: "
+                f"{_listed(candidates)}"
+            )
         return chosen
     typed = [column for column, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
     if len(typed) == 1:
@@ -127,12 +223,32 @@ def _label_column(name: str, table: datasets.Dataset, chosen: str | None) -> str
     named = [column for column in LABEL_NAMES if column in (typed or columns)]
     if not typed and not named:
         raise UsageError(
-            f"data {name!r} has no label column; its columns are {_listed(columns)}: name one by --label-column, "
-            "or sort the images into one folder per class"
+            f"data {name!r} has no label column: {_suggested(_label_like(table))}, or sort the images into one folder "
+            "per class"
         )
     if len(typed) > 1 and "label" not in typed:
         raise UsageError(f"data {name!r} has several label columns; choose by --label-column: {_listed(typed)}")
     return named[0]
+
+
+def _label_like(table: datasets.Dataset) -> list[str]:
+    """The columns that could hold one class an image: classes, words or whole numbers, of which some come twice."""
+    found = []
+    for column, kind in table.features.items():
+        if isinstance(kind, datasets.ClassLabel) or (
+            isinstance(kind, datasets.Value)
+            and re.fullmatch(r"u?int\d+|bool|(large_)?string", kind.dtype)
+            # File names and captions are words too, but each is of one image.
+            and 2 <= len(set(table[column][:])) <= max(2, len(table) // 2)
+        ):
+            found.append(column)
+    return found
+
+
+def _suggested(columns: list[str]) -> str:
+    if not columns:
+        return "no other column has a class an image; add one of whole numbers or words"
+    return f"name one by --label-column ({', '.join(columns)})"
 
 
 def _train_and_test(name: str, tables: dict[str, datasets.Dataset]) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -154,7 +270,7 @@ def _train_labels(name: str, table: datasets.Dataset, column: str) -> tuple[np.n
         if strange := [value for value in values if not isinstance(value, int | str)]:
             raise UsageError(
                 f"data {name!r}: column {column!r} does not hold one class per image, but such things as "
-                f"{strange[0]!r}; name another by --label-column"
+                f"{strange[0]!r}; {_suggested(_label_like(table))}"
             )
         classes = tuple(str(value) for value in sorted(set(values), key=lambda value: (isinstance(value, str), value)))
     return _encode(name, table, column, classes), classes

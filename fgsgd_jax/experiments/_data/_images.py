@@ -25,16 +25,26 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A classification set: what is trained on, what is tested on, and the classes' names."""
+    """A classification set: what is trained on, what is tested on, the classes' names, and what a user should know."""
 
     name: str
     train: Split
     test: Split
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
         return self.train.images.shape[-1]
+
+    def summary(self) -> list[str]:
+        """What there is, and what was done to it to be trained on: a line each."""
+        height, width = self.train.images.shape[1:3]
+        return [
+            f"{self.name}: {len(self.train):,} training and {len(self.test):,} test images, {height}×{width} "
+            f"{'grey' if self.channels == 1 else 'colour'}, {len(self.classes)} classes",
+            *self.notes,
+        ]
 
     def fingerprint(self) -> dict[str, object]:
         """What a run writes down about its data, so that it is never resumed on other data unnoticed."""

@@ -4,6 +4,9 @@ import numpy as np
 
 from ._images import ImageSet, Split
 
+# What is held out of a set that comes without a split to test on.
+TEST_SHARE = 0.2
+
 
 def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     """An order of all images whose every beginning is as balanced over the classes as the set allows.
@@ -30,6 +33,23 @@ def limit(split: Split, count: int | None, seed: int = 0) -> Split:
     return split.take(balanced_order(split.labels, seed)[:count])
 
 
+def split_off(split: Split) -> tuple[Split, Split, str]:
+    """What to test on in a set that comes without a test: training images, test images, and a note for the user."""
+    train_rows, test_rows, note = split_rows(split.labels)
+    return split.take(train_rows), split.take(test_rows), note
+
+
+def split_rows(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """The same by the images' places."""
+    order = balanced_order(labels, seed=0)
+    held = round(TEST_SHARE * len(order))
+    note = (
+        f"no split to test on: {held:,} of the images, {TEST_SHARE:.0%} of each class, are held out for it, the same "
+        "in every run"
+    )
+    return order[held:], order[:held], note
+
+
 def hold_out(data: ImageSet, fraction: float, seed: int = 0) -> ImageSet:
     """The same set with a class-balanced share of its training images in place of the test images.
 
@@ -37,4 +57,10 @@ def hold_out(data: ImageSet, fraction: float, seed: int = 0) -> ImageSet:
     """
     held = round(fraction * len(data.train))
     order = balanced_order(data.train.labels, seed)
-    return dataclasses.replace(data, train=data.train.take(order[held:]), test=data.train.take(order[:held]))
+    note = f"tested on {held:,} of the training images, held out; the test images are left alone"
+    return dataclasses.replace(
+        data,
+        train=data.train.take(order[held:]),
+        test=data.train.take(order[:held]),
+        notes=(*data.notes, note),
+    )
