@@ -22,6 +22,7 @@ OTHERS = [f"{kind}/{layout}/{name}" for kind in TYPES for layout in LAYOUTS for 
 SLICES = [f"gathers/{kind}/{name}/conv/conv2" for kind, name in (("Auto", "fgsgd"), ("Explicit", "adam"))]
 ROWS = "gathers/Explicit/fgsgd/tall"
 SHARED_OUT = [f"shared out/{kind}/{name}" for kind in TYPES for name in ("fgsgd", "chain", "adam")]
+EARLY = ["early/Auto/fgsgd/conv2", "early/Explicit/adam/conv/conv2"]
 WHOLE = "gathers/Auto/fgsgd/qr"
 
 
@@ -69,6 +70,20 @@ def test_every_optimizer_does_the_same_as_on_one_device(others, case):
 @pytest.mark.parametrize("case", SLICES)
 def test_slices_shared_out_over_channels_stay_where_they_are(usual, case):
     assert usual[case] == []
+
+
+@pytest.fixture(scope="module")
+def early():
+    return results(*EARLY)
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_it_does_not_matter_when_the_plan_was_made(early, case):
+    """From shapes, from JSON, from rules at every call: the update is that of a plan of sharded weights."""
+    found = early[case]
+    assert found["exchanged"] == []
+    assert found["others"] == {"shapes": [], "JSON": [], "rules": []}
+    assert found["same"] == {"shapes": True, "JSON": True, "rules": True}
 
 
 @pytest.mark.slow

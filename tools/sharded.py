@@ -3,6 +3,7 @@
 Prints one JSON object: by the name of each case what was found. Cases are `axis type/layout/optimizer`.
 """
 
+import contextlib
 import fnmatch
 import json
 import re
@@ -141,24 +142,59 @@ def on_one_device(tree):
     return {path: jnp.asarray(x) for path, x in tree.items()}
 
 
-def gathers(kind, optimizer, *paths):
-    """The gathers and exchanges of more than figures in the compiled update of these weights, as lines of HLO."""
-    mesh = mesh_of(kind)
-    with jax.set_mesh(mesh):
-        known = tensors(0) | {"tall": np.zeros((256, 8), np.float32)}
-        layout = LAYOUTS["outputs"] | {"tall": P("model", None)}
-        params = placed({path: known[path] for path in paths}, mesh, layout)
-        rules = [("tall", fg.Whole(fg.Stiefel(), view=MATRIX)), *RULES]
-        plan = fg.plan(params, [rule for rule in rules if any(fnmatch.fnmatch(path, rule[0]) for path in paths)][:-1])
-        params = fg.initialize(jax.random.key(0), params, plan)
-        tx = OPTIMIZERS[optimizer](plan)
-        text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+def exchanged(text):
+    """The gathers and exchanges of more than figures in a compiled program, as lines of HLO."""
     found = []
     for line in text.splitlines():
         match = re.search(r"= \(?\w+\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute)", line)
         if match and np.prod([int(n) for n in match[1].split(",") if n], dtype=int) >= 9 * 8:
             found.append(line.strip()[:200])
     return found
+
+
+def rules_for(paths):
+    rules = [("tall", fg.Whole(fg.Stiefel(), view=MATRIX)), *RULES]
+    return [rule for rule in rules if any(fnmatch.fnmatch(path, rule[0]) for path in paths)][:-1]
+
+
+def compiled(optimizer, plan, params):
+    """The text of the compiled update, without what says from where it was called."""
+    tx = OPTIMIZERS[optimizer](plan)
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    return re.sub(r", metadata=\{[^}]*\}", "", text)
+
+
+def gathers(kind, optimizer, *paths):
+    """What is exchanged in the update of these weights."""
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        known = tensors(0) | {"tall": np.zeros((256, 8), np.float32)}
+        layout = LAYOUTS["outputs"] | {"tall": P("model", None)}
+        params = placed({path: known[path] for path in paths}, mesh, layout)
+        plan = fg.plan(params, rules_for(paths))
+        params = fg.initialize(jax.random.key(0), params, plan)
+        return exchanged(compiled(optimizer, plan, params))
+
+
+def early(kind, optimizer, *paths):
+    """The same with plans made before the weights lay anywhere, and whether their programs are that of a later one."""
+    mesh = mesh_of(kind)
+    shapes = {path: jax.ShapeDtypeStruct(SHAPES[path], jnp.float32) for path in paths}
+    plans = {"shapes": fg.plan(shapes, rules_for(paths))}
+    plans["JSON"] = fg.Plan.from_json(plans["shapes"].to_json())
+    plans["rules"] = rules_for(paths)
+    known = tensors(0)
+    with jax.set_mesh(mesh) if kind == "Explicit" else contextlib.nullcontext():
+        params = placed({path: known[path] for path in paths}, mesh, LAYOUTS["outputs"])
+        later = fg.plan(params, rules_for(paths))
+        params = fg.initialize(jax.random.key(0), params, later)
+        expected = compiled(optimizer, later, params)
+        texts = {name: compiled(optimizer, plan, params) for name, plan in plans.items()}
+        return {
+            "exchanged": exchanged(expected),
+            "others": {name: exchanged(text) for name, text in texts.items()},
+            "same": {name: text == expected for name, text in texts.items()},
+        }
 
 
 def shared_out(kind, optimizer):
@@ -239,6 +275,8 @@ def main(names):
             found[name] = checkpoint()
         elif first == "gathers":
             found[name] = gathers(*rest)
+        elif first == "early":
+            found[name] = early(*rest)
         elif first == "shared out":
             found[name] = shared_out(*rest)
         else:
