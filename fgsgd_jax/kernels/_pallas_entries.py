@@ -5,8 +5,9 @@ nothing is transposed or joined, every operation fills the vector units whatever
 run time. Points have radius 1 here.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from functools import reduce
 from operator import add
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ Entries = list[list[Array]]
 
 # Newton's turns, of which the first ones are scaled. A tangent step from a square matrix with p ≤ 3 leaves two
 # different singular values, for which two are enough up to 10⁵ radii; more values than two need more.
-_TURNS, _SCALED = 5, 2
+_TURNS, _SCALED = 4, 2
 _MORE_TURNS, _MORE_SCALED = 6, 4
 # How far the squared norm of a matrix may be from p before it is taken for anything but orthonormal.
 _FAR = 0.1
@@ -76,34 +77,73 @@ def squared_norm(x: Entries) -> Array:
     return _dot(_flat(x), _flat(x))
 
 
-def select(flags: Sequence[Array], choices: Sequence[Entries]) -> Entries:
-    """Of the choices the one whose flag is set; the last has none."""
-    chosen = choices[-1]
-    for flag, choice in zip(flags, choices[:-1], strict=True):
-        chosen = _map(lambda a, b, flag=flag: jnp.where(flag, a, b), choice, chosen)
-    return chosen
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """Matrices at their radii, each on the one of `manifolds` that `kind` says (None if there is one)."""
+
+    manifolds: tuple[Manifold, ...]
+    x: Entries
+    kind: Array | None
+    radius: Array
+
+    def project(self, g: Entries) -> Entries:
+        """Line 5: the tangent parts of g."""
+        return self._select([project(manifold, self._unit, g) for manifold in self.manifolds])
+
+    def displace(self, v: Entries, new_radius: Array | None) -> tuple[Entries, Array]:
+        """Line 7 and eq. 2: what leads from x to φ_x(v), at the new radius if given; and ‖v‖/s, 0 if Euclidean."""
+        v = _map(lambda v: v * self._inverse, v)
+        squares = squared_norm(v)
+        y = self._select([retract(manifold, self._unit, v, squares) for manifold in self.manifolds])
+        radius = self._but_euclidean(self.radius if new_radius is None else new_radius, 1.0)
+        ratio = self._but_euclidean(jnp.sqrt(squares), 0.0)
+        # NaN counts as infinite, as in `linalg.largest`.
+        ratio = jnp.where(ratio == ratio, ratio, jnp.inf)
+        return _map(lambda y, x: radius * y - x, y, self.x), ratio
+
+    @functools.cached_property
+    def _inverse(self) -> Array:
+        return 1 / self._but_euclidean(self.radius, 1.0)
+
+    @functools.cached_property
+    def _unit(self) -> Entries:
+        return _map(lambda x: x * self._inverse, self.x)
+
+    def _select(self, choices: Sequence[Entries]) -> Entries:
+        chosen = choices[-1]
+        for index, choice in enumerate(choices[:-1]):
+            chosen = _map(lambda a, b, index=index: jnp.where(self.kind == index, a, b), choice, chosen)
+        return chosen
+
+    def _but_euclidean(self, values: Array, otherwise: float) -> Array:
+        for index, manifold in enumerate(self.manifolds):
+            if isinstance(manifold, Euclidean):
+                on = jnp.full_like(values, True, dtype=bool) if self.kind is None else self.kind == index
+                values = jnp.where(on, otherwise, values)
+        return values
+
+
+def reciprocal_zeta(squares: Array, rho: Array, curvature: Array) -> tuple[Array, Array]:
+    """1/ζ and R of groups by their R²: line 6, as `transforms._zeta.reciprocal_zeta`."""
+    r = jnp.minimum(jnp.sqrt(squares), float(jnp.finfo(squares.dtype).max))
+    root_gamma = jnp.maximum(2 * rho + r, jnp.sqrt(jnp.maximum(0, 1 + curvature * (rho + r))))
+    return 1 / jnp.maximum(1, r * root_gamma), r
 
 
 def _unit(y: list[Array], x: list[Array]) -> list[Array]:
-    """The vector y over its length; where that cannot be computed that of x, or one of equal entries."""
-    usable, scale = _inverse_length(y)
-    known, own = _inverse_length(x)
-    origin = len(y) ** -0.5
-    return [jnp.where(usable, y * scale, jnp.where(known, x * own, origin)) for y, x in zip(y, x, strict=True)]
-
-
-def _inverse_length(y: list[Array]) -> tuple[Array, Array]:
-    """1/‖y‖, and whether it is a number."""
+    """The vector y over its length; where that cannot be computed x, or one of equal entries if x is far from unit."""
     squares = _dot(y, y)
     info = jnp.finfo(squares.dtype)
     # Next to nothing, overflow and NaN: the vector has no direction.
     usable = (squares > float(info.tiny / info.eps)) & (squares < jnp.inf)
     squares = jnp.where(usable, squares, 1.0)
-    return usable, _refined(1 / jnp.sqrt(squares), squares)
+    scale = _refined(lax.rsqrt(squares), squares)
+    known = jnp.abs(_dot(x, x) - 1.0) < _FAR
+    return [jnp.where(usable, y * scale, jnp.where(known, x, len(y) ** -0.5)) for y, x in zip(y, x, strict=True)]
 
 
 def _refined(root: Array, squares: Array) -> Array:
-    """squares^-½ by a Newton step from about it: devices' own roots and quotients are off by a few units."""
+    """squares^-½ by a Newton step from about it: devices' own are off by some units or more."""
     return root * (1.5 - 0.5 * squares * root * root)
 
 
@@ -192,8 +232,8 @@ def _gram_schmidt(y: Entries) -> tuple[Entries, Entries]:
                 column = [c - product * u for c, u in zip(column, unit, strict=True)]
                 r[i][j] = r[i][j] + product
         squares = _dot(column, column)
-        r[j][j] = jnp.sqrt(squares)
-        inverse = _refined(1 / r[j][j], squares)
+        inverse = _refined(lax.rsqrt(squares), squares)
+        r[j][j] = squares * inverse
         q.append([inverse * c for c in column])
     return _transposed(q), r
 
@@ -211,7 +251,7 @@ def _product(a: Entries, b: Entries) -> Entries:
 
 
 def _dot(a: list[Array], b: list[Array]) -> Array:
-    return reduce(add, (x * y for x, y in zip(a, b, strict=True)))
+    return functools.reduce(add, (x * y for x, y in zip(a, b, strict=True)))
 
 
 def _map(function: Callable[..., Array], *matrices: Entries) -> Entries:
