@@ -4,6 +4,7 @@ A layer [n, p, C, D] is n·p planes, lanes last, as an HWIO kernel is in memory.
 (input channels) and keeps it in VMEM until the groups' norms are known, so every array passes the memory once.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from ._pallas_entries import Entries, Points, reciprocal_zeta, squared_norm
+from ._pallas_entries import Entries, Points, squared_norm
 from ._pallas_layer import Descent, Layer
 
 # What a vector register holds: this many rows of 32-bit numbers, and so many lanes.
@@ -40,6 +41,29 @@ def descend(
     interpret: bool = False,
 ) -> Descent:
     """One step of one layer; see `Layer` and `Descent`."""
+    if _lies_swapped(x.shape, x.dtype):
+        planes, grids = (
+            (None if each is None else jnp.swapaxes(each, -2, -1) for each in group)
+            for group in ((x, g, m), (kind, radius, new_radius, code))
+        )
+        found = _descend(dataclasses.replace(layer, swapped=True), scalars, *planes, *grids, interpret)
+        u, m, figures = found
+        return Descent(jnp.swapaxes(u, -2, -1), None if m is None else jnp.swapaxes(m, -2, -1), figures)
+    return _descend(layer, scalars, x, g, m, kind, radius, new_radius, code, interpret)
+
+
+def _lies_swapped(shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether XLA lays rows along the lanes, as it does where less is padded then: 3×3×128×32 and the like."""
+
+    def padded(rows: int, lanes: int) -> int:
+        tile = min(_ROWS * 4 // dtype.itemsize, pl.next_power_of_2(rows))
+        return pl.cdiv(rows, tile) * tile * pl.cdiv(lanes, _LANES)
+
+    *_, channels, width = shape
+    return padded(width, channels) < padded(channels, width)
+
+
+def _descend(layer, scalars, x, g, m, kind, radius, new_radius, code, interpret) -> Descent:
     n, p, channels, width = x.shape
     rows = _block_rows(x.shape, max(x.dtype.itemsize, g.dtype.itemsize))
     blocks = pl.cdiv(channels, rows)
@@ -196,11 +220,11 @@ class _Kernel:
             table = lax.broadcasted_iota(jnp.int32, (place.size, tables), 1)
             sums = jnp.zeros(table.shape, jnp.float32)
             for index in range(tables):
-                own = squares if code is None else jnp.where(code == index, squares, 0.0)
+                own = squares if code is None else jnp.where(code == self.layer.row_codes + index, squares, 0.0)
                 sums = jnp.where(table == index, jnp.sum(own, axis=1, keepdims=True), sums)
             self.refs["by_row"][place, :] += sums
         for table in range(self.layer.column_tables):
-            own = jnp.where(code == self.layer.row_codes + table, squares, 0.0)
+            own = jnp.where(code == self.layer.column_codes + table, squares, 0.0)
             self.refs["by_column"][table, pl.ds(0, row.size), lanes] += own
 
     def weigh(self):
@@ -213,7 +237,7 @@ class _Kernel:
         total = sum(jnp.sum(table) for table in tables.values())
         usable = (total < jnp.inf).astype(jnp.int32)
         self.refs["usable"][0] = usable
-        self.refs["figures"][3] = (1 - usable).astype(jnp.float32)
+        self.refs["figures"][2] = (1 - usable).astype(jnp.float32)
         if self.layer.grouping == "matrix":
             return
         if self.layer.grouping == "layer":
@@ -257,17 +281,17 @@ class _Kernel:
             return by_row
         code, scale = self.code("code", place, lanes), jnp.zeros((place.size, lanes.size), jnp.float32)
         for table in range(self.layer.row_tables):
-            scale = jnp.where(code == table, by_row[:, table : table + 1], scale)
+            scale = jnp.where(code == self.layer.row_codes + table, by_row[:, table : table + 1], scale)
         for table in range(self.layer.column_tables):
             own = self.refs["by_column"][table, pl.ds(0, 1), lanes]
-            scale = jnp.where(code == self.layer.row_codes + table, own, scale)
+            scale = jnp.where(code == self.layer.column_codes + table, own, scale)
         return scale
 
     def end(self):
-        self.refs["figures"][2] = jnp.max(self.refs["ratio"][...])
+        self.refs["figures"][3] = jnp.max(self.refs["ratio"][...])
 
     def zeta(self, squares):
-        return reciprocal_zeta(squares, self.refs["scalars"][2], self.refs["scalars"][3])
+        return self.layer.zeta(squares, self.refs["scalars"])
 
     def points(self, name, own, row, place, lanes) -> Points:
         x, kind = self.planes(name, own, lanes), self.code("kind", place, lanes)
