@@ -1,7 +1,7 @@
 """What a Pallas kernel is told of a layer, and what it answers."""
 
 import dataclasses
-import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -71,30 +71,25 @@ class Layer:
         w = points.project(followed(m) if self.nesterov else m)
         return [[rate * each for each in row] for row in w], m
 
-    def weigh(self, squares: Float[Array, "C D"], code: Array | None, scalars: Array) -> tuple[Array, Array]:
-        """Line 6: 1/ζ of each matrix's group, 0 where the layer is refused; and the first of the figures of `Descent`.
+    def weigh(
+        self, squares: Float[Array, "C D"], code: Array | None, scalars: Array
+    ) -> tuple[Float[Array, "C D"], Float[Array, "groups"]]:
+        """Line 6: 1/ζ of each matrix's group, 0 where the layer is refused; and R² of the groups (0 of absent ones).
 
         By masks, so that nothing is scattered and shardings stay.
         """
-        usable = jnp.isfinite(jnp.sum(squares))
-        squares = jnp.where(usable, squares, 0.0)
-        if self.grouping == "matrix":
-            own, tables = squares, [squares]
-        elif not self.has_groups:
-            own = jnp.sum(squares, keepdims=True)
-            tables = [own]
+        axes = {1: (self.row_codes, self.row_tables), 0: (self.column_codes, self.column_tables)}
+        codes = [(first + table, axis) for axis, (first, count) in axes.items() for table in range(count)]
+        if self.has_groups:
+            tables = [jnp.sum(jnp.where(code == index, squares, 0.0), axis, keepdims=True) for index, axis in codes]
         else:
-            own, tables = jnp.zeros_like(squares), []
-            axes = [(self.row_codes, self.row_tables, 1), (self.column_codes, self.column_tables, 0)]
-            for index, axis in ((first + table, axis) for first, count, axis in axes for table in range(count)):
-                sums = jnp.sum(jnp.where(code == index, squares, 0.0), axis=axis, keepdims=True)
-                own = jnp.where(code == index, sums, own)
-                tables.append(sums)
-        scale = jnp.where(usable, jnp.broadcast_to(self.zeta(own, scalars)[0], squares.shape), 0.0)
-        found = [self.zeta(table, scalars) for table in tables]
-        above = sum(jnp.sum(own < 1, dtype=jnp.float32) for own, _ in found)
-        largest = functools.reduce(jnp.maximum, (jnp.max(r) for _, r in found))
-        return scale, jnp.stack([above, largest, 1.0 - usable.astype(jnp.float32)])
+            tables = [squares if self.grouping == "matrix" else jnp.sum(squares, keepdims=True)]
+        groups = jnp.concatenate([table.reshape(-1) for table in tables])
+        scale = self.zeta(tables[0], scalars)[0]
+        for (index, _), table in zip(codes[1:], tables[1:], strict=True):
+            scale = jnp.where(code == index, self.zeta(table, scalars)[0], scale)
+        usable = jnp.isfinite(jnp.sum(groups))
+        return jnp.broadcast_to(jnp.where(usable, scale, 0.0), squares.shape), groups
 
     def zeta(self, squares: Array, scalars: Array) -> tuple[Array, Array]:
         """1/ζ and R of groups by their R²."""
@@ -102,11 +97,28 @@ class Layer:
 
 
 class Descent(NamedTuple):
-    """A layer's displacement and momentum, and its figures in one small array.
+    """A layer's displacement and momentum, and what `figures` makes the layer's figures of.
 
-    Those are the number of groups with ζ > 1, the largest R, 1 where the gradient was refused, and the largest ‖v‖/s.
+    `measured` is these figures where the kernel has them, otherwise R² of the groups; `ratios` then has the largest
+    ‖v‖/s of parts of the layer.
     """
 
     displacement: Float[Array, "n p C D"]
     momentum: Float[Array, "n p C D"] | None
-    figures: Float[Array, "4"]
+    measured: Float[Array, "_"]
+    ratios: Float[Array, "_"] | None = None
+
+
+def figures(layer: Layer, scalars: Array, descents: Sequence[Descent]) -> Float[Array, "layers 4"]:
+    """Of layers of one shape: the numbers of groups with ζ > 1, the largest R, whether refused, and the largest ‖v‖/s.
+
+    Together, since every kernel for a figure of one layer would be one more to launch.
+    """
+    measured = jnp.concatenate([each.measured for each in descents]).reshape(len(descents), -1)
+    if descents[0].ratios is None:
+        return measured
+    ratios = jnp.concatenate([each.ratios for each in descents]).reshape(len(descents), -1)
+    usable = jnp.isfinite(jnp.sum(measured, axis=1))
+    own, r = layer.zeta(jnp.where(usable[:, None], measured, 0.0), scalars)
+    above = jnp.sum(own < 1, axis=1, dtype=jnp.float32)
+    return jnp.stack([above, jnp.max(r, axis=1), 1.0 - usable, jnp.max(ratios, axis=1)], axis=1)

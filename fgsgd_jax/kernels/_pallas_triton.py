@@ -1,16 +1,18 @@
 """Lines 5 to 7 of one layer of small matrices in two kernels, for GPU through Triton.
 
-A layer [n, p, C, D] is n·p planes, as an HWIO kernel is in memory; each is taken as one row of C·D numbers, a thread to
-each matrix. The first kernel writes the squared norms of the tangent parts; XLA adds them up over groups; the second
-kernel computes those parts again and takes the step. So one number a matrix is what lies between them, and both are
-the same for all groups. (Sums over rows and columns inside the first one take Triton two to four times as long to
-compile, and leave less to do at the same time.)
+A layer [n, p, C, D] is n·p planes, as an HWIO kernel is in memory; a thread takes one matrix at a time. The first
+kernel writes the squared norms of the tangent parts, XLA adds them up over groups, and the second kernel computes those
+parts again and takes the step. So one number a matrix lies between them, and the kernels are the same whatever the
+groups are and however many matrices a layer has: a network's layers share two, compiled once.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
@@ -18,7 +20,8 @@ from jaxtyping import Array
 from ._pallas_entries import Entries, Points, squared_norm
 from ._pallas_layer import Descent, Layer
 
-_MATRICES, _WARPS = 128, 4
+# Matrices of a block, one a thread; blocks that run at the same time, four for each of an H100's processors.
+_MATRICES, _WARPS, _PROGRAMS = 128, 4, 528
 
 
 def descend(
@@ -36,42 +39,41 @@ def descend(
     """One step of one layer; see `Layer` and `Descent`."""
     n, p, channels, width = x.shape
     count = channels * width
-    planes = {"x": x, "g": g, "kind": kind, "radius": radius}
+    arrays = {"x": x, "g": g, "kind": kind, "radius": radius}
+    flat = jax.ShapeDtypeStruct((n * p * count,), jnp.float32)
     squares = {"squares": jax.ShapeDtypeStruct((count,), jnp.float32)}
-    found = _call(_measure, "fgsgd_measure", layer, count, planes, squares, interpret)
-    scale, figures = layer.weigh(found["squares"].reshape(channels, width), code, scalars)
-    planes |= {"m": m, "new_radius": new_radius, "scale": scale, "scalars": scalars}
-    results = {"u": jax.ShapeDtypeStruct((n, p, count), jnp.promote_types(x.dtype, g.dtype))}
-    results |= {} if m is None else {"m_out": jax.ShapeDtypeStruct((n, p, count), jnp.float32)}
-    results["ratio"] = jax.ShapeDtypeStruct((pl.cdiv(count, _MATRICES),), jnp.float32)
-    found = _call(_move, "fgsgd_move", layer, count, planes, results, interpret)
-    figures = jnp.append(figures, jnp.max(found["ratio"]))
-    return Descent(found["u"].reshape(x.shape), None if m is None else found["m_out"].reshape(x.shape), figures)
+    found = _call(_measure, "fgsgd_measure", layer, x.shape, arrays, squares, interpret)
+    scale, groups = layer.weigh(found["squares"].reshape(channels, width), code, scalars)
+    arrays |= {"m": m, "new_radius": new_radius, "scale": scale, "scalars": scalars}
+    results = {"u": flat.update(dtype=jnp.promote_types(x.dtype, g.dtype))} | ({} if m is None else {"m_out": flat})
+    results["ratio"] = jax.ShapeDtypeStruct((1 if interpret else _PROGRAMS,), jnp.float32)
+    found = _call(_move, "fgsgd_move", layer, x.shape, arrays, results, interpret)
+    u, m_out = (found[name].reshape(x.shape) if name in found else None for name in ("u", "m_out"))
+    return Descent(u, m_out, groups, found["ratio"])
 
 
-def _call(body: Any, name: str, layer: Layer, count: int, arrays: dict, results: dict, interpret: bool) -> dict:
+def _call(
+    body: Callable, name: str, layer: Layer, shape: tuple[int, ...], arrays: dict, results: dict, interpret: bool
+) -> dict[str, Array]:
     """The results of a kernel, whose body gets all references by name."""
-
-    def spec(name: str, shape: tuple[int, ...]) -> pl.BlockSpec:
-        if name == "scalars":
-            return pl.BlockSpec(shape, lambda block: (0,))
-        if name == "ratio":
-            return pl.BlockSpec((1,), lambda block: (block,))
-        leading = shape[:-1]
-        return pl.BlockSpec((*leading, _MATRICES), lambda block: (*(0 for _ in leading), block))
-
-    arrays = {name: each for name, each in arrays.items() if each is not None}
-    flat = {name: each if each.ndim == 1 else each.reshape(*each.shape[:-2], -1) for name, each in arrays.items()}
+    n, p, channels, width = shape
+    flat = {name: each.reshape(-1) for name, each in arrays.items() if each is not None}
+    # As data: a number in the program would make it another one.
+    flat["count"] = jnp.full((1,), channels * width, jnp.int32)
 
     def kernel(*refs):
-        body(layer, _Block(count, dict(zip([*flat, *results], refs, strict=True))))
+        # Interpretation moves a slice that goes past the end, whatever the mask says.
+        size = math.gcd(channels * width, _MATRICES) if interpret else _MATRICES
+        body(layer, _Block(n, p, size, dict(zip([*flat, *results], refs, strict=True))))
 
+    # On a GPU a reference is an address: the block says where it begins, and its length would be one more number.
+    spec = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec((_MATRICES,), lambda program: (0,))
     found = pl.pallas_call(
         kernel,
         out_shape=list(results.values()),
-        grid=(pl.cdiv(count, _MATRICES),),
-        in_specs=[spec(name, each.shape) for name, each in flat.items()],
-        out_specs=[spec(name, each.shape) for name, each in results.items()],
+        grid=(1 if interpret else _PROGRAMS,),
+        in_specs=[spec] * len(flat),
+        out_specs=[spec] * len(results),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
         name=name,
@@ -80,58 +82,77 @@ def _call(body: Any, name: str, layer: Layer, count: int, arrays: dict, results:
 
 
 class _Block:
-    """The references of some matrices that follow each other."""
+    """The references, and of all matrices those that the threads of a program look at."""
 
-    def __init__(self, count: int, refs: dict[str, Any]):
-        self.refs = refs
-        # A GPU reads past the end if it is not told to stop.
-        index = pl.program_id(0) * _MATRICES + jnp.arange(_MATRICES)
-        self.inside = index < count if count % _MATRICES else None
+    def __init__(self, n: int, p: int, size: int, refs: dict[str, Any]):
+        self.n, self.p, self.size, self.refs = n, p, size, refs
+        self.count = refs["count"][0]
+        self.start = self.inside = jnp.zeros(())
 
-    def load(self, name: str, *place: int) -> Array | None:
+    def each(self, body: Callable[[Array], Array], start: Array) -> Array:
+        """Carries a value through `body` for every block of the program."""
+        program, programs = pl.program_id(0), pl.num_programs(0)
+        blocks = pl.cdiv(self.count, self.size)
+
+        def turn(turn, carry):
+            self.start = (program + turn * programs) * self.size
+            # A GPU reads past the end if it is not told to stop.
+            self.inside = self.start + jnp.arange(self.size) < self.count
+            return body(carry)
+
+        return lax.fori_loop(0, pl.cdiv(blocks - program, programs), turn, start)
+
+    def load(self, name: str, plane: int = 0) -> Array | None:
         if name not in self.refs:
             return None
-        value = plgpu.load(_at(self.refs[name], *place), mask=self.inside, other=None if self.inside is None else 0)
+        value = plgpu.load(self.own(name, plane), mask=self.inside, other=0)
         return value.astype(jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else jnp.float32)
 
-    def store(self, name: str, value: Array, *place: int) -> None:
-        ref = self.refs[name]
-        plgpu.store(_at(ref, *place), value.astype(ref.dtype), mask=self.inside)
+    def store(self, name: str, value: Array, plane: int = 0) -> None:
+        plgpu.store(self.own(name, plane), value.astype(self.refs[name].dtype), mask=self.inside)
+
+    def own(self, name: str, plane: int) -> Any:
+        # By a slice: an array of indices would bring the layer's size into the program, to count from the end.
+        return self.refs[name].at[pl.ds(self.start + plane * self.count, self.size)]
 
     def planes(self, name: str) -> Entries | None:
         if name not in self.refs:
             return None
-        n, p = self.refs[name].shape[:2]
-        return [[self.load(name, i, j) for j in range(p)] for i in range(n)]
+        return [[self.load(name, i * self.p + j) for j in range(self.p)] for i in range(self.n)]
 
     def store_planes(self, name: str, entries: Entries) -> None:
         for i, line in enumerate(entries):
             for j, entry in enumerate(line):
-                self.store(name, entry, i, j)
+                self.store(name, entry, i * self.p + j)
 
     def points(self, layer: Layer) -> Points:
         return Points(layer.manifolds, self.planes("x"), self.load("kind"), self.load("radius"))
 
 
-def _at(ref: Any, *indices: int) -> Any:
-    """A part of a reference. With Python's own numbers, masks fail in interpret mode (JAX 0.10)."""
-    return ref.at[tuple(jnp.int32(index) for index in indices)] if indices else ref
-
-
 def _measure(layer: Layer, block: _Block) -> None:
     """Line 5, of which the squared norms are kept."""
-    block.store("squares", squared_norm(block.points(layer).project(block.planes("g"))))
+
+    def measured(carry):
+        block.store("squares", squared_norm(block.points(layer).project(block.planes("g"))))
+        return carry
+
+    block.each(measured, 0)
 
 
 def _move(layer: Layer, block: _Block) -> None:
     """Momentum, line 7 and eq. 2."""
-    points, scale, scalars = block.points(layer), block.load("scale"), block.refs["scalars"]
-    # A refused gradient may be anything but a number.
-    t = [[jnp.where(scale > 0, each, 0.0) for each in line] for line in points.project(block.planes("g"))]
-    v, m = layer.direction(points, t, scale, block.planes("m"), *(scalars[index] for index in (0, 1, 4)))
-    displacement, ratio = points.displace(v, block.load("new_radius"))
-    block.store_planes("u", displacement)
-    if m is not None:
-        block.store_planes("m_out", m)
-    inside = True if block.inside is None else block.inside
-    block.refs["ratio"][0] = jnp.max(jnp.where(inside, ratio, 0.0))
+    rate, momentum, decay = (block.refs["scalars"][index] for index in (0, 1, 4))
+
+    def moved(largest):
+        points, scale = block.points(layer), block.load("scale")
+        # A refused gradient may be anything but a number.
+        t = [[jnp.where(scale > 0, each, 0.0) for each in line] for line in points.project(block.planes("g"))]
+        v, m = layer.direction(points, t, scale, block.planes("m"), rate, momentum, decay)
+        displacement, ratio = points.displace(v, block.load("new_radius"))
+        block.store_planes("u", displacement)
+        if m is not None:
+            block.store_planes("m_out", m)
+        return jnp.maximum(largest, jnp.where(block.inside, ratio, 0.0))
+
+    ratio = block.each(moved, jnp.zeros(block.size, jnp.float32))
+    block.refs["ratio"][pl.program_id(0)] = jnp.max(ratio)
