@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from operator import add
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -138,8 +139,8 @@ def _unit(y: list[Array], x: list[Array]) -> list[Array]:
     usable = (squares > float(info.tiny / info.eps)) & (squares < jnp.inf)
     squares = jnp.where(usable, squares, 1.0)
     scale = _refined(lax.rsqrt(squares), squares)
-    known = jnp.abs(_dot(x, x) - 1.0) < _FAR
-    return [jnp.where(usable, y * scale, jnp.where(known, x, len(y) ** -0.5)) for y, x in zip(y, x, strict=True)]
+    known, origin = jnp.abs(_dot(x, x) - 1.0) < _FAR, len(y) ** -0.5
+    return [jnp.where(usable, a * scale, jnp.where(known, b, origin)) for a, b in zip(y, x, strict=True)]
 
 
 def _refined(root: Array, squares: Array) -> Array:
@@ -254,7 +255,7 @@ def _dot(a: list[Array], b: list[Array]) -> Array:
     return functools.reduce(add, (x * y for x, y in zip(a, b, strict=True)))
 
 
-def _map(function: Callable[..., Array], *matrices: Entries) -> Entries:
+def _map(function: Callable[..., Array], *matrices: list[list[Any]]) -> Entries:
     return [[function(*entries) for entries in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..manifolds import Euclidean, Manifold
-from ._pallas_entries import Entries, Points, reciprocal_zeta
+from ._pallas_entries import Entries, Points, reciprocal_zeta, serves
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class LayerType:
     """What is static: layers with the same of it, and arrays of the same shapes, share a compiled kernel.
 
     `grouping` says what the groups are, as in `groups._buckets.Bucket`; the codes of matrices are then below `members`
@@ -54,6 +54,12 @@ class Layer:
     def _tables(self, axis: str) -> int:
         return self.members if axis in self.grouping.split(" or ") else 0
 
+    def serves(self, shape: tuple[int, ...], *dtypes: jnp.dtype) -> bool:
+        """Whether there is arithmetic for layers [n, p, C, D] of this shape; there is none in float64."""
+        n, p, *_ = shape
+        narrow = all(jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16) for dtype in dtypes)
+        return narrow and self.grouping != "custom" and all(serves(manifold, n, p) for manifold in self.manifolds)
+
     def direction(
         self, points: Points, t: Entries, scale: Array, m: Entries | None, rate: Array, momentum: Array, decay: Array
     ) -> tuple[Entries, Entries | None]:
@@ -85,15 +91,11 @@ class Layer:
         else:
             tables = [squares if self.grouping == "matrix" else jnp.sum(squares, keepdims=True)]
         groups = jnp.concatenate([table.reshape(-1) for table in tables])
-        scale = self.zeta(tables[0], scalars)[0]
+        scale = reciprocal_zeta(tables[0], *scalars[2:4])[0]
         for (index, _), table in zip(codes[1:], tables[1:], strict=True):
-            scale = jnp.where(code == index, self.zeta(table, scalars)[0], scale)
+            scale = jnp.where(code == index, reciprocal_zeta(table, *scalars[2:4])[0], scale)
         usable = jnp.isfinite(jnp.sum(groups))
         return jnp.broadcast_to(jnp.where(usable, scale, 0.0), squares.shape), groups
-
-    def zeta(self, squares: Array, scalars: Array) -> tuple[Array, Array]:
-        """1/ζ and R of groups by their R²."""
-        return reciprocal_zeta(squares, scalars[2], scalars[3])
 
 
 class Descent(NamedTuple):
@@ -105,20 +107,24 @@ class Descent(NamedTuple):
 
     displacement: Float[Array, "n p C D"]
     momentum: Float[Array, "n p C D"] | None
-    measured: Float[Array, "_"]
+    measured: Float[Array, "_"] | None
     ratios: Float[Array, "_"] | None = None
 
 
-def figures(layer: Layer, scalars: Array, descents: Sequence[Descent]) -> Float[Array, "layers 4"]:
+def figures(scalars: Array, descents: Sequence[Descent]) -> Float[Array, "layers 4"]:
     """Of layers of one shape: the numbers of groups with ζ > 1, the largest R, whether refused, and the largest ‖v‖/s.
 
     Together, since every kernel for a figure of one layer would be one more to launch.
     """
-    measured = jnp.concatenate([each.measured for each in descents]).reshape(len(descents), -1)
+
+    def stacked(parts: Sequence[Array | None]) -> Array:
+        return jnp.concatenate([part for part in parts if part is not None]).reshape(len(descents), -1)
+
+    measured = stacked([each.measured for each in descents])
     if descents[0].ratios is None:
         return measured
-    ratios = jnp.concatenate([each.ratios for each in descents]).reshape(len(descents), -1)
+    ratios = stacked([each.ratios for each in descents])
     usable = jnp.isfinite(jnp.sum(measured, axis=1))
-    own, r = layer.zeta(jnp.where(usable[:, None], measured, 0.0), scalars)
+    own, r = reciprocal_zeta(jnp.where(usable[:, None], measured, 0.0), *scalars[2:4])
     above = jnp.sum(own < 1, axis=1, dtype=jnp.float32)
-    return jnp.stack([above, jnp.max(r, axis=1), 1.0 - usable, jnp.max(ratios, axis=1)], axis=1)
+    return jnp.stack([above, jnp.max(r, axis=1), (~usable).astype(jnp.float32), jnp.max(ratios, axis=1)], axis=1)

@@ -11,25 +11,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from ._pallas_entries import Entries, Points, squared_norm
-from ._pallas_layer import Descent, Layer
+from ._pallas_entries import Entries, Points, reciprocal_zeta, squared_norm
+from ._pallas_layer import Descent, LayerType
 
 # What a vector register holds: this many rows of 32-bit numbers, and so many lanes.
 _ROWS, _LANES = 8, 128
 # Bytes of a block of one array, of which there are up to ten in VMEM: small enough to overlap copies and arithmetic,
 # large enough to hide what a step of the grid costs.
 _BLOCK = 1 << 20
-# Bytes of VMEM that any kernel may take unasked, and that Mosaic may want beside the arrays.
-_VMEM, _SPARE = 16 << 20, 4 << 20
+# Bytes of VMEM that any kernel may take unasked, that Mosaic may want beside the arrays, and that there are on v5e.
+_VMEM, _SPARE, _MOST = 16 << 20, 4 << 20, 112 << 20
+
+
+def serves(layer: LayerType, shape: tuple[int, ...], *dtypes: jnp.dtype) -> bool:
+    """Whether the kernel takes layers [n, p, C, D] of this shape, points and gradients being of these dtypes.
+
+    The tangent parts and the points of a layer must find room in VMEM, beside the blocks of all arrays.
+    """
+    return layer.serves(shape, *dtypes) and 2 * _padded(shape, jnp.dtype(jnp.float32)) + 16 * _BLOCK <= _MOST
 
 
 def descend(
-    layer: Layer,
+    layer: LayerType,
     scalars: Array,
     x: Array,
     g: Array,
@@ -40,15 +49,15 @@ def descend(
     code: Array | None,
     interpret: bool = False,
 ) -> Descent:
-    """One step of one layer; see `Layer` and `Descent`."""
+    """One step of one layer; see `LayerType` and `Descent`."""
     if _lies_swapped(x.shape, x.dtype):
         planes, grids = (
             (None if each is None else jnp.swapaxes(each, -2, -1) for each in group)
             for group in ((x, g, m), (kind, radius, new_radius, code))
         )
         found = _descend(dataclasses.replace(layer, swapped=True), scalars, *planes, *grids, interpret)
-        u, m, figures = found
-        return Descent(jnp.swapaxes(u, -2, -1), None if m is None else jnp.swapaxes(m, -2, -1), figures)
+        u, m = (None if each is None else jnp.swapaxes(each, -2, -1) for each in found[:2])
+        return found._replace(displacement=u, momentum=m)
     return _descend(layer, scalars, x, g, m, kind, radius, new_radius, code, interpret)
 
 
@@ -100,7 +109,9 @@ def _descend(layer, scalars, x, g, m, kind, radius, new_radius, code, interpret)
         results["m_out"], places["m_out"] = jax.ShapeDtypeStruct(x.shape, jnp.float32), planes(1)
     padded = blocks * rows
     scratch = {"t": pltpu.VMEM((n, p, padded, width), jnp.float32)}
-    scratch |= {"ratio": pltpu.VMEM((_ROWS, min(width, _LANES)), jnp.float32), "usable": pltpu.SMEM((1,), jnp.int32)}
+    scratch["usable"] = pltpu.SMEM((1,), jnp.int32)
+    gathered = ("ratio", "above", "largest") if layer.grouping == "matrix" else ("ratio",)
+    scratch |= {name: pltpu.VMEM((_ROWS, min(width, _LANES)), jnp.float32) for name in gathered}
     if layer.row_tables:
         # Members lie along the lanes: a column alone would be as large.
         scratch["by_row"] = pltpu.VMEM((padded, layer.row_tables), jnp.float32)
@@ -158,7 +169,7 @@ def _padded(shape: Sequence[int], dtype: Any) -> int:
 class _Kernel:
     """The kernel's body. Its arrays are references; nothing of a block is in registers but one tile."""
 
-    def __init__(self, layer: Layer, channels: int, rows: int, blocks: int, refs: dict[str, Any]):
+    def __init__(self, layer: LayerType, channels: int, rows: int, blocks: int, refs: dict[str, Any]):
         self.layer, self.refs, self.channels, self.rows, self.blocks = layer, refs, channels, rows, blocks
         self.n, self.p, _, self.width = refs["x"].shape
 
@@ -178,7 +189,7 @@ class _Kernel:
         pl.when((turn == 1) & last)(self.end)
 
     def begin(self):
-        for name in ("ratio", "by_row", "by_column"):
+        for name in ("ratio", "above", "largest", "by_row", "by_column"):
             if name in self.refs:
                 self.refs[name][...] = jnp.zeros_like(self.refs[name])
 
@@ -211,9 +222,7 @@ class _Kernel:
         if self.blocks > 1:
             self.store("kept", points.x, place, lanes)
         squares = squared_norm(t)
-        if self.rows * self.blocks > self.channels:
-            index = place.start + lax.broadcasted_iota(jnp.int32, squares.shape, 0)
-            squares = jnp.where(index < self.channels, squares, 0.0)
+        squares = self.inside(squares, place)
         code = self.code("code", place, lanes)
         tables = self.layer.row_tables
         if tables:
@@ -266,16 +275,15 @@ class _Kernel:
         self.store("u", displacement, row, lanes)
         if m is not None:
             self.store("m_out", m, row, lanes)
-        if self.rows * self.blocks > self.channels:
-            index = place.start + lax.broadcasted_iota(jnp.int32, ratio.shape, 0)
-            ratio = jnp.where(index < self.channels, ratio, 0.0)
-        own = self.refs["ratio"].at[pl.ds(0, row.size), pl.ds(0, lanes.size)]
-        own[...] = jnp.maximum(own[...], ratio)
+        self.gather("ratio", jnp.maximum, ratio, place, lanes)
 
     def scale(self, t, place, lanes):
         """1/ζ of the group of every matrix."""
         if self.layer.grouping == "matrix":
-            return self.zeta(squared_norm(t))[0]
+            scale, r = self.zeta(squared_norm(t))
+            self.gather("above", jnp.add, (scale < 1).astype(jnp.float32), place, lanes)
+            self.gather("largest", jnp.maximum, r, place, lanes)
+            return scale
         by_row = self.refs["by_row"][place, :] if self.layer.row_tables else None
         if self.layer.grouping == "layer":
             return by_row
@@ -287,11 +295,26 @@ class _Kernel:
             scale = jnp.where(code == self.layer.column_codes + table, own, scale)
         return scale
 
+    def gather(self, name, function, values, place, lanes):
+        """Combines a figure of matrices with that of the tiles before."""
+        own = self.refs[name].at[pl.ds(0, place.size), pl.ds(0, lanes.size)]
+        own[...] = function(own[...], self.inside(values, place))
+
+    def inside(self, values, place):
+        """The values, zero in the rows of the last block that are not the layer's."""
+        if self.rows * self.blocks == self.channels:
+            return values
+        index = place.start + lax.broadcasted_iota(jnp.int32, values.shape, 0)
+        return jnp.where(index < self.channels, values, 0.0)
+
     def end(self):
+        if self.layer.grouping == "matrix":
+            self.refs["figures"][0] = jnp.sum(self.refs["above"][...])
+            self.refs["figures"][1] = jnp.max(self.refs["largest"][...])
         self.refs["figures"][3] = jnp.max(self.refs["ratio"][...])
 
     def zeta(self, squares):
-        return self.layer.zeta(squares, self.refs["scalars"])
+        return reciprocal_zeta(squares, self.refs["scalars"][2], self.refs["scalars"][3])
 
     def points(self, name, own, row, place, lanes) -> Points:
         x, kind = self.planes(name, own, lanes), self.code("kind", place, lanes)
@@ -318,7 +341,7 @@ def _each(total: int, step: int, body: Callable[[Any], None]) -> None:
     """`body` of every slice of so many, and of what is left."""
     full = total // step
     if full > 1:
-        lax.fori_loop(0, full, lambda i, _: body(pl.ds(pl.multiple_of(i * step, step), step)), None)
+        lax.fori_loop(np.int32(0), np.int32(full), lambda i, _: body(pl.ds(pl.multiple_of(i * step, step), step)), None)
     elif full:
         body(pl.ds(0, step))
     if total % step:

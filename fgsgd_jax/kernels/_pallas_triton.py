@@ -15,17 +15,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ._pallas_entries import Entries, Points, squared_norm
-from ._pallas_layer import Descent, Layer
+from ._pallas_layer import Descent, LayerType
 
 # Matrices of a block, one a thread; blocks that run at the same time, four for each of an H100's processors.
 _MATRICES, _WARPS, _PROGRAMS = 128, 4, 528
 
 
+def serves(layer: LayerType, shape: tuple[int, ...], *dtypes: jnp.dtype) -> bool:
+    """Whether the kernels take layers [n, p, C, D] of this shape, points and gradients being of these dtypes."""
+    return layer.serves(shape, *dtypes)
+
+
 def descend(
-    layer: Layer,
+    layer: LayerType,
     scalars: Array,
     x: Array,
     g: Array,
@@ -36,24 +41,48 @@ def descend(
     code: Array | None,
     interpret: bool = False,
 ) -> Descent:
-    """One step of one layer; see `Layer` and `Descent`."""
-    n, p, channels, width = x.shape
-    count = channels * width
+    """One step of one layer; see `LayerType` and `Descent`."""
+    squares = measure(layer, x, g, kind, radius, interpret)
+    scale, groups = layer.weigh(squares, code, scalars)
+    return move(layer, scalars, x, g, m, kind, radius, new_radius, scale, interpret)._replace(measured=groups)
+
+
+def measure(
+    layer: LayerType, x: Array, g: Array, kind: Array | None, radius: Array, interpret: bool = False
+) -> Float[Array, "C D"]:
+    """Line 5, of which the squared norms of the tangent parts are kept."""
     arrays = {"x": x, "g": g, "kind": kind, "radius": radius}
-    flat = jax.ShapeDtypeStruct((n * p * count,), jnp.float32)
-    squares = {"squares": jax.ShapeDtypeStruct((count,), jnp.float32)}
-    found = _call(_measure, "fgsgd_measure", layer, x.shape, arrays, squares, interpret)
-    scale, groups = layer.weigh(found["squares"].reshape(channels, width), code, scalars)
-    arrays |= {"m": m, "new_radius": new_radius, "scale": scale, "scalars": scalars}
-    results = {"u": flat.update(dtype=jnp.promote_types(x.dtype, g.dtype))} | ({} if m is None else {"m_out": flat})
+    results = {"squares": jax.ShapeDtypeStruct((radius.size,), jnp.float32)}
+    return _call(_measure, "fgsgd_measure", layer, x.shape, arrays, results, interpret)["squares"].reshape(radius.shape)
+
+
+def move(
+    layer: LayerType,
+    scalars: Array,
+    x: Array,
+    g: Array,
+    m: Array | None,
+    kind: Array | None,
+    radius: Array,
+    new_radius: Array | None,
+    scale: Float[Array, "C D"],
+    interpret: bool = False,
+) -> Descent:
+    """Momentum, line 7 and eq. 2, with 1/ζ of the group of every matrix: 0 in a layer that is refused."""
+    arrays = {"x": x, "g": g, "m": m, "kind": kind, "radius": radius, "new_radius": new_radius}
+    arrays |= {"scale": scale, "scalars": scalars}
+    results = {"u": jax.ShapeDtypeStruct((x.size,), jnp.promote_types(x.dtype, g.dtype))}
+    if m is not None:
+        results["m_out"] = jax.ShapeDtypeStruct((x.size,), jnp.float32)
     results["ratio"] = jax.ShapeDtypeStruct((1 if interpret else _PROGRAMS,), jnp.float32)
     found = _call(_move, "fgsgd_move", layer, x.shape, arrays, results, interpret)
     u, m_out = (found[name].reshape(x.shape) if name in found else None for name in ("u", "m_out"))
-    return Descent(u, m_out, groups, found["ratio"])
+    assert u is not None
+    return Descent(u, m_out, None, found["ratio"])
 
 
 def _call(
-    body: Callable, name: str, layer: Layer, shape: tuple[int, ...], arrays: dict, results: dict, interpret: bool
+    body: Callable, name: str, layer: LayerType, shape: tuple[int, ...], arrays: dict, results: dict, interpret: bool
 ) -> dict[str, Array]:
     """The results of a kernel, whose body gets all references by name."""
     n, p, channels, width = shape
@@ -84,23 +113,25 @@ def _call(
 class _Block:
     """The references, and of all matrices those that the threads of a program look at."""
 
+    start: Array
+    inside: Array
+
     def __init__(self, n: int, p: int, size: int, refs: dict[str, Any]):
         self.n, self.p, self.size, self.refs = n, p, size, refs
         self.count = refs["count"][0]
-        self.start = self.inside = jnp.zeros(())
 
     def each(self, body: Callable[[Array], Array], start: Array) -> Array:
         """Carries a value through `body` for every block of the program."""
         program, programs = pl.program_id(0), pl.num_programs(0)
-        blocks = pl.cdiv(self.count, self.size)
+        blocks = _quotient(self.count, self.size)
 
         def turn(turn, carry):
             self.start = (program + turn * programs) * self.size
             # A GPU reads past the end if it is not told to stop.
-            self.inside = self.start + jnp.arange(self.size) < self.count
+            self.inside = self.start + jnp.arange(self.size, dtype=jnp.int32) < self.count
             return body(carry)
 
-        return lax.fori_loop(0, pl.cdiv(blocks - program, programs), turn, start)
+        return lax.fori_loop(jnp.int32(0), _quotient(blocks - program, programs), turn, start)
 
     def load(self, name: str, plane: int = 0) -> Array | None:
         if name not in self.refs:
@@ -125,22 +156,25 @@ class _Block:
             for j, entry in enumerate(line):
                 self.store(name, entry, i * self.p + j)
 
-    def points(self, layer: Layer) -> Points:
+    def points(self, layer: LayerType) -> Points:
         return Points(layer.manifolds, self.planes("x"), self.load("kind"), self.load("radius"))
 
 
-def _measure(layer: Layer, block: _Block) -> None:
-    """Line 5, of which the squared norms are kept."""
+def _quotient(count: Array, size: Array | int) -> Array:
+    """Rounded up, in the width of the count."""
+    size = jnp.asarray(size, count.dtype)
+    return lax.div(count + (size - 1), size)
 
+
+def _measure(layer: LayerType, block: _Block) -> None:
     def measured(carry):
         block.store("squares", squared_norm(block.points(layer).project(block.planes("g"))))
         return carry
 
-    block.each(measured, 0)
+    block.each(measured, jnp.int32(0))
 
 
-def _move(layer: Layer, block: _Block) -> None:
-    """Momentum, line 7 and eq. 2."""
+def _move(layer: LayerType, block: _Block) -> None:
     rate, momentum, decay = (block.refs["scalars"][index] for index in (0, 1, 4))
 
     def moved(largest):
