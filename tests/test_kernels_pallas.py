@@ -262,6 +262,7 @@ def test_what_is_served():
         assert form.serves(layer, (3, 3, 512, 512), jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
         assert not form.serves(layer, (3, 3, 8, 8), jnp.dtype(jnp.float64))
         assert not form.serves(dataclasses.replace(layer, grouping="custom"), (3, 3, 8, 8), jnp.dtype(jnp.float32))
+    assert not _pallas_triton.serves(layer, (9, 3, 8, 8), jnp.dtype(jnp.float32))
     assert not _pallas_tpu.serves(layer, (3, 3, 2048, 2048), jnp.dtype(jnp.float32))
 
 

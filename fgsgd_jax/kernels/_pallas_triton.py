@@ -17,16 +17,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from ..manifolds import Stiefel
 from ._pallas_entries import Entries, Points, squared_norm
 from ._pallas_layer import Descent, LayerType
 
 # Matrices of a block, one a thread; blocks that run at the same time, four for each of an H100's processors.
 _MATRICES, _WARPS, _PROGRAMS = 128, 4, 528
+# Entries of the largest matrix.
+_MOST, _MOST_POLAR = 32, 12
 
 
 def serves(layer: LayerType, shape: tuple[int, ...], *dtypes: jnp.dtype) -> bool:
-    """Whether the kernels take layers [n, p, C, D] of this shape, points and gradients being of these dtypes."""
-    return layer.serves(shape, *dtypes)
+    """Whether the kernels take layers [n, p, C, D] of this shape, points and gradients being of these dtypes.
+
+    With more entries Triton takes long to compile: 8 s for St(4, 3), minutes for St(9, 3).
+    """
+    n, p, *_ = shape
+    polar = any(isinstance(manifold, Stiefel) for manifold in layer.manifolds)
+    return layer.serves(shape, *dtypes) and n * p <= (_MOST_POLAR if polar else _MOST)
 
 
 def descend(
