@@ -5,6 +5,7 @@ A layer [n, p, C, D] is n·p planes, lanes last, as an HWIO kernel is in memory.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,13 +52,13 @@ def descend(
 ) -> Descent:
     """One step of one layer; see `LayerType` and `Descent`."""
     if _lies_swapped(x.shape, x.dtype):
-        planes, grids = (
-            (None if each is None else jnp.swapaxes(each, -2, -1) for each in group)
-            for group in ((x, g, m), (kind, radius, new_radius, code))
-        )
-        found = _descend(dataclasses.replace(layer, swapped=True), scalars, *planes, *grids, interpret)
-        u, m = (None if each is None else jnp.swapaxes(each, -2, -1) for each in found[:2])
-        return found._replace(displacement=u, momentum=m)
+
+        def swapped(each: Array | None) -> Any:
+            return None if each is None else jnp.swapaxes(each, -2, -1)
+
+        turned = [swapped(each) for each in (x, g, m, kind, radius, new_radius, code)]
+        found = _descend(dataclasses.replace(layer, swapped=True), scalars, *turned, interpret=interpret)
+        return found._replace(displacement=swapped(found.displacement), momentum=swapped(found.momentum))
     return _descend(layer, scalars, x, g, m, kind, radius, new_radius, code, interpret)
 
 
@@ -243,7 +244,7 @@ class _Kernel:
             tables["by_row"] = self.refs["by_row"][...]
         if self.layer.column_tables:
             tables["by_column"] = jnp.sum(self.refs["by_column"][...], axis=1, keepdims=True)
-        total = sum(jnp.sum(table) for table in tables.values())
+        total = functools.reduce(jnp.add, [jnp.sum(table) for table in tables.values()])
         usable = (total < jnp.inf).astype(jnp.int32)
         self.refs["usable"][0] = usable
         self.refs["figures"][2] = (1 - usable).astype(jnp.float32)
@@ -277,14 +278,14 @@ class _Kernel:
             self.store("m_out", m, row, lanes)
         self.gather("ratio", jnp.maximum, ratio, place, lanes)
 
-    def scale(self, t, place, lanes):
+    def scale(self, t, place, lanes) -> Any:
         """1/ζ of the group of every matrix."""
         if self.layer.grouping == "matrix":
             scale, r = self.zeta(squared_norm(t))
             self.gather("above", jnp.add, (scale < 1).astype(jnp.float32), place, lanes)
             self.gather("largest", jnp.maximum, r, place, lanes)
             return scale
-        by_row = self.refs["by_row"][place, :] if self.layer.row_tables else None
+        by_row: Any = self.refs["by_row"][place, :] if self.layer.row_tables else None
         if self.layer.grouping == "layer":
             return by_row
         code, scale = self.code("code", place, lanes), jnp.zeros((place.size, lanes.size), jnp.float32)
@@ -324,10 +325,10 @@ class _Kernel:
         ref = self.refs[name]
         return [[ref[i, j, row, lanes].astype(jnp.float32) for j in range(self.p)] for i in range(self.n)]
 
-    def value(self, name, row, lanes):
+    def value(self, name, row, lanes) -> Any:
         return self.refs[name][row, lanes] if name in self.refs else None
 
-    def code(self, name, place, lanes):
+    def code(self, name, place, lanes) -> Any:
         return self.value(f"{name}_wide", place, lanes)
 
     def store(self, name, entries: Entries, row, lanes):

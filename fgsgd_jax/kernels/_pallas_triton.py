@@ -141,9 +141,7 @@ class _Block:
 
         return lax.fori_loop(jnp.int32(0), _quotient(blocks - program, programs), turn, start)
 
-    def load(self, name: str, plane: int = 0) -> Array | None:
-        if name not in self.refs:
-            return None
+    def load(self, name: str, plane: int = 0) -> Array:
         value = plgpu.load(self.own(name, plane), mask=self.inside, other=0)
         return value.astype(jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else jnp.float32)
 
@@ -154,9 +152,7 @@ class _Block:
         # By a slice: an array of indices would bring the layer's size into the program, to count from the end.
         return self.refs[name].at[pl.ds(self.start + plane * self.count, self.size)]
 
-    def planes(self, name: str) -> Entries | None:
-        if name not in self.refs:
-            return None
+    def planes(self, name: str) -> Entries:
         return [[self.load(name, i * self.p + j) for j in range(self.p)] for i in range(self.n)]
 
     def store_planes(self, name: str, entries: Entries) -> None:
@@ -165,7 +161,8 @@ class _Block:
                 self.store(name, entry, i * self.p + j)
 
     def points(self, layer: LayerType) -> Points:
-        return Points(layer.manifolds, self.planes("x"), self.load("kind"), self.load("radius"))
+        kind = self.load("kind") if "kind" in self.refs else None
+        return Points(layer.manifolds, self.planes("x"), kind, self.load("radius"))
 
 
 def _quotient(count: Array, size: Array | int) -> Array:
@@ -187,10 +184,11 @@ def _move(layer: LayerType, block: _Block) -> None:
 
     def moved(largest):
         points, scale = block.points(layer), block.load("scale")
+        m = block.planes("m") if "m" in block.refs else None
         # A refused gradient may be anything but a number.
         t = [[jnp.where(scale > 0, each, 0.0) for each in line] for line in points.project(block.planes("g"))]
-        v, m = layer.direction(points, t, scale, block.planes("m"), rate, momentum, decay)
-        displacement, ratio = points.displace(v, block.load("new_radius"))
+        v, m = layer.direction(points, t, scale, m, rate, momentum, decay)
+        displacement, ratio = points.displace(v, block.load("new_radius") if "new_radius" in block.refs else None)
         block.store_planes("u", displacement)
         if m is not None:
             block.store_planes("m_out", m)
