@@ -11,7 +11,7 @@ LIBRARY := $(wildcard $(patsubst %,tests/test_%*.py,bounds features flax groups 
 	riemannian_adam transforms))
 OLDEST := jax==0.8.1 optax==0.2.5 einops==0.8 jaxtyping==0.3 flax==0.12.1
 
-.PHONY: demo test test-all compat bench docs notebooks dist wheel oldest lint format clean
+.PHONY: demo test test-all compat bench accelerators docs notebooks dist wheel oldest lint format clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,16 @@ $(VENV)-bench/.ready: pyproject.toml
 
 bench: $(VENV)-bench/.ready  ## beside other libraries, under 15 minutes; with QUICK=1 under two, with ALL=1 half an hour
 	$(VENV)-bench/bin/python benchmarks/bench.py $(if $(QUICK),--quick) $(if $(ALL),--all) $(if $(ONLY),--only $(ONLY))
+
+# The compilers of TPUs and GPUs come as wheels, for Linux on x86-64.
+$(VENV)-accel/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-accel
+	$(VENV)-accel/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-accel/bin/python -m pip install --quiet --no-compile --editable . --group accelerators
+	touch $@
+
+accelerators: $(VENV)-accel/.ready  ## updates compiled for TPUs and GPUs that are not there, under 25 minutes on two cores
+	$(VENV)-accel/bin/python benchmarks/accelerators.py $(if $(ONLY),--only $(ONLY))
 
 docs: $(VENV)/.ready  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -75,4 +85,4 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest $(VENV)-bench dist build runs site
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest $(VENV)-bench $(VENV)-accel dist build runs site

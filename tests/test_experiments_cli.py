@@ -226,7 +226,7 @@ def test_the_demonstration_prints_a_table_and_draws_a_picture(capsys, tmp_path, 
     main(["demo", "--epochs", "3", "--seeds", "2"])
     out = " ".join(capsys.readouterr().out.split())
     assert "picture: runs/demo/picture.png" in out
-    for words in ("test error, %", "largest violation", "95 % interval", "of 2 seeds", "Where it does not help"):
+    for words in ("test error, %", "training, %", "violation", "95 % interval", "of 2 seeds", "Where it does not help"):
         assert words in out
     found = json.loads((tmp_path / "runs/demo/results.json").read_text())
     for (name, config), records in zip(found["setting"].items(), found["trainings"].values(), strict=True):

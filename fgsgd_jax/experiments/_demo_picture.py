@@ -34,7 +34,8 @@ def draw_demo(trainings: Trainings, weights: Mapping[str, Any], limits: str, pat
     """
     figure = Figure(figsize=(12.5, 8.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1, 1.1)))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    left, right = halves
     curves, seeds = left.subplots(2, 1)
     _draw_curves(curves, trainings)
     _draw_seeds(seeds, trainings)

@@ -1,0 +1,357 @@
+"""Whole updates compiled ahead of time for TPUs and GPUs that are not there, and what their compilers say of them.
+
+No figure here is a time on a device. For each workload and target: the seconds that tracing, lowering and compiling
+take; the kernels launched and the bytes that they read and write; XLA's own estimate of the cycles of its kernels on
+TPU, which it has none of for Pallas calls; temporary memory; branches, loops and collectives. A step is
+`tx.update` and `optax.apply_updates` in one program.
+
+Each target has a process of its own, since one process at a time can hold libtpu.
+"""
+
+import argparse
+import collections
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results" / "accelerators.json"
+
+# Platform and topology of one device and of four.
+TARGETS = {
+    "TPU v5e": ("tpu", "v5e:2x2"),
+    "TPU v6e": ("tpu", "v6e:2x2"),
+    "H100": ("cuda", "1x1x4"),
+}
+PACKAGES = ("jax", "jaxlib", "optax", "fgsgd-jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
+FGSGD, SGD, MUON = "fgsgd", "optax.sgd", "optax.contrib.muon"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is compiled: an update by each of `optimizers`, or `fg.initialize`, on a device or on a mesh of four."""
+
+    shapes: dict[str, tuple[int, ...]]
+    rules: list
+    optimizers: tuple[str, ...] = (FGSGD, SGD)
+    initialize: bool = False
+    # Of the plan on a mesh: whether it is made from the sharded parameters, or from their shapes alone.
+    mesh: str | None = None
+    # Whether the buffers of weights and state are handed over, as a training loop may do.
+    donate: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def workloads() -> dict[str, Workload]:
+    import updates
+
+    import fgsgd_jax as fg
+
+    resnets = {depth: updates.cifar_resnet(depth) for depth in (20, 56, 110)}
+    gpt2, one = updates.gpt2(12), {"w": (768, 768)}
+    heads = {f"{layer}": (768, 12 * 64) for layer in range(4)}
+    by_heads = [("*", fg.Whole(fg.Stiefel(), view="i (h d) -> 1 h i d", h=12))]
+    by_matrices = [("*", fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o"))]
+    found = {f"ResNet-{depth}, PIO": Workload(shapes, updates.SLICES) for depth, shapes in resnets.items()}
+    found |= {
+        f"ResNet-{depth}, initialize": Workload(resnets[depth], updates.SLICES, initialize=True) for depth in (20, 110)
+    }
+    found |= {
+        f"ResNet-20, PIO, four devices, plan {when}": Workload(resnets[20], updates.SLICES, mesh=when)
+        for when in ("before", "after")
+    }
+    return found | {
+        "ResNet-20, PIO, donated": Workload(resnets[20], updates.SLICES, donate=True),
+        "St(768, 768)": Workload(one, by_matrices, (FGSGD, SGD, MUON)),
+        "4 × 12 heads St(768, 64)": Workload(heads, by_heads),
+        "ResNet-50, Stiefel by filters": Workload(updates.imagenet_resnet((3, 4, 6, 3)), updates.FILTERS),
+        "GPT-2 small, by heads": Workload(gpt2, updates.HEADS),
+        "GPT-2 small, by matrices": Workload(gpt2, updates.MATRICES, (FGSGD, SGD, MUON)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose name has one of these words")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--optimizers", nargs="+", default=[FGSGD, SGD, MUON], help="of those of a case")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON, whose other rows stay")
+    parser.add_argument("--table", action="store_true", help="only print what the JSON has")
+    parser.add_argument("--dump", type=Path, help="a folder for the compiled programs' text")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        return inside(options)
+    rows = json.loads(options.results.read_text(encoding="utf-8"))["rows"] if options.results.exists() else []
+    if not options.table:
+        for target in options.targets:
+            rows = measured(target, rows, options)
+    print(table(rows))
+
+
+def measured(target: str, rows: list[dict], options: argparse.Namespace) -> list[dict]:
+    """The rows with this target's new ones, written as they come; a case that ends its process is noted and passed."""
+    command = [sys.executable, __file__, "--inside", target, "--optimizers", *options.optimizers]
+    command += ["--only", *options.only] if options.only else []
+    command += ["--dump", str(options.dump)] if options.dump else []
+    environment = os.environ | _environment(TARGETS[target][0])
+    done: list[str] = []
+    while True:
+        program = subprocess.Popen(
+            [*command], env=environment | {"ACCELERATORS_DONE": json.dumps(done)}, stdout=subprocess.PIPE, text=True
+        )
+        assert program.stdout is not None
+        for line in program.stdout:
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+                continue
+            row = json.loads(line)
+            if list(row) == ["begun"]:
+                done.append(row["begun"])
+                continue
+            key = (row["target"], row["case"], row["name"])
+            rows = [old for old in rows if (old["target"], old["case"], old["name"]) != key] + [row]
+            print(f"  {' · '.join(key)}: {_shown(row)}", flush=True)
+            write(options.results, rows)
+        if not program.wait():
+            return rows
+        print(f"{target}: {done[-1:]} ended its process with {program.returncode}; the others go on", flush=True)
+        if not done:
+            return rows
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text('{"rows": [\n' + lines + "\n]}\n", encoding="utf-8")
+
+
+def _environment(platform: str) -> dict[str, str]:
+    found = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if platform == "tpu":
+        return found | {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+    # Without a device no kernel can be tried, so none is chosen by its time.
+    spec = importlib.util.find_spec("nvidia")
+    cuda = Path(next(iter(spec.submodule_search_locations))) / "cu13" if spec else ""
+    return found | {"XLA_FLAGS": f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={cuda}"}
+
+
+def inside(options: argparse.Namespace) -> None:
+    """One target's rows on standard output, a JSON a line, in this process."""
+    import jax
+
+    target, done = options.inside, json.loads(os.environ.get("ACCELERATORS_DONE", "[]"))
+    platform, topology = TARGETS[target]
+    devices = _devices(platform, topology)
+    # What a first compilation loads is no figure of a workload.
+    x = jax.ShapeDtypeStruct((8, 128), jax.numpy.float32, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+    jax.jit(lambda x: x + 1).trace(x).lower(lowering_platforms=(platform,)).compile()
+    for case, workload in workloads().items():
+        names = [name for name in workload.optimizers if name in options.optimizers]
+        for name in ["initialize"] if workload.initialize else names:
+            full = f"{case} · {name}"
+            if full in done or (options.only and not any(word in full for word in options.only)):
+                continue
+            print(json.dumps({"begun": full}), flush=True)
+            row = {"target": target, "case": case, "name": name}
+            try:
+                row |= figures(
+                    platform, devices, workload, name, options.dump and options.dump / f"{target} {full}.txt"
+                )
+            except Exception as error:
+                first = next(iter(str(error).splitlines()), "")
+                row["left out"] = f"{type(error).__name__}: {first[:300]}"
+            print(json.dumps(row | {"cores used": len(os.sched_getaffinity(0)), "versions": _versions()}), flush=True)
+
+
+def _devices(platform: str, topology: str) -> list:
+    from jax.experimental import topologies
+
+    if platform == "tpu":
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    text = (FOLDER / "accelerators_h100.txtpb").read_text(encoding="utf-8")
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=text, topology=topology
+    ).devices
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def figures(platform: str, devices: list, workload: Workload, name: str, dump: Path | None = None) -> dict[str, Any]:
+    """One row's figures."""
+    import jax
+    from accelerators_hlo import cost
+
+    function, arguments, donated = program(devices, workload, name)
+    jax.clear_caches()
+    start = time.perf_counter()
+    lowered = jax.jit(function, donate_argnums=donated).trace(*arguments).lower(lowering_platforms=(platform,))
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if dump:
+        dump.parent.mkdir(parents=True, exist_ok=True)
+        dump.write_text(text, encoding="utf-8")
+    found = cost(text)
+    return {
+        "seconds": end - start,
+        "lower": middle - start,
+        "weights": 4 * sum(_size(shape) for shape in workload.shapes.values()) // (4 if workload.mesh else 1),
+        "bytes": found.bytes,
+        "memory": found.memory,
+        "cycles": found.cycles if platform == "tpu" else None,
+        "launches": found.launches,
+        "pallas": found.pallas,
+        "temporary": memory.temp_size_in_bytes,
+        "branches": found.branches,
+        "loops": found.loops,
+        "collectives": dict(collections.Counter(found.collectives)),
+        "gathered": found.gathered,
+    }
+
+
+def program(devices: list, workload: Workload, name: str) -> tuple[Any, tuple, tuple[int, ...]]:
+    """What is compiled: the function, its arguments' shapes, and which of them it may overwrite."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+    import fgsgd_jax as fg
+
+    if workload.mesh:
+        mesh = Mesh(np.array(devices[:4]), ("channels",))
+        one, over = (
+            NamedSharding(mesh, PartitionSpec()),
+            NamedSharding(mesh, PartitionSpec(None, None, None, "channels")),
+        )
+    else:
+        one = over = SingleDeviceSharding(devices[0])
+    bare = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in workload.shapes.items()}
+    params = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over) for path, x in bare.items()}
+    plan = fg.plan(params if workload.mesh == "after" else bare, workload.rules)
+    if workload.initialize:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=one)
+        return lambda key, params: fg.initialize(key, params, plan), (key, params), ()
+    tx = {
+        FGSGD: lambda: fg.fgsgd(0.1, plan, momentum=0.9, **workload.options),
+        SGD: lambda: optax.sgd(0.1, momentum=0.9),
+        MUON: lambda: optax.contrib.muon(1e-3, muon_weight_dimension_numbers=_as_matrices),
+    }[name]()
+
+    def placed(path, leaf):
+        """What mirrors a parameter lies where it does; all else on every device."""
+        own = any(getattr(entry, "key", None) in bare and bare[entry.key].shape == leaf.shape for entry in path)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over if own else one)
+
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, bare))
+    return step, (params, state, params), (1, 2) if workload.donate else ()
+
+
+def _as_matrices(params):
+    import updates
+
+    return updates._as_matrices(params)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for each in shape:
+        size *= each
+    return size
+
+
+def _shown(row: dict[str, Any]) -> str:
+    if "left out" in row:
+        return f"left out: {row['left out']}"
+    hidden = {"target", "case", "name", "weights", "gathered", "cores used", "versions"}
+    shown = {key: value for key, value in row.items() if key not in hidden}
+    short = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in shown.items()}
+    return ", ".join(f"{key} {value}" for key, value in short.items())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each workload and target."""
+    header = ["workload", "target", "lower and compile, s", "bytes", "main memory", "cycles"]
+    header += ["launches (Pallas)", "temporary / weights", "branches, loops", "collectives"]
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    for row in rows:
+        if row["name"] in (SGD, MUON):
+            continue
+        if "left out" in row:
+            lines.append([row["case"], row["target"], row["left out"], *[""] * (len(header) - 3)])
+            continue
+        beside = {each["name"]: each for each in rows if _key(each) == _key(row) and "left out" not in each}
+        others = {name: beside[full] for name, full in (("sgd", SGD), ("Muon", MUON)) if full in beside}
+        sums = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items())
+        lines.append(
+            [
+                row["case"],
+                row["target"],
+                _beside(row["seconds"], {name: each["seconds"] for name, each in others.items()}),
+                *(_bytes(row, key, others) for key in ("bytes", "memory")),
+                _cycles(row, others),
+                _beside(
+                    row["launches"], {"Pallas": row["pallas"]} | {n: each["launches"] for n, each in others.items()}
+                ),
+                f"{row['temporary'] / row['weights']:.2g}",
+                f"{row['branches']}, {row['loops']}",
+                sums or "—",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["target"], row["case"]
+
+
+def _beside(value: float, others: dict[str, float]) -> str:
+    def number(value):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+    return number(value) + (
+        f" ({', '.join(f'{name} {number(each)}' for name, each in others.items())})" if others else ""
+    )
+
+
+def _ratios(value: float, others: dict[str, float]) -> str:
+    return ", ".join(f"{value / each:.3g} × {name}" for name, each in others.items())
+
+
+def _bytes(row: dict[str, Any], key: str, others: dict[str, dict[str, Any]]) -> str:
+    ratios = _ratios(row[key], {name: each[key] for name, each in others.items()})
+    return ratios or f"{row[key] / row['weights']:.3g} × weights"
+
+
+def _cycles(row: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
+    if row["cycles"] is None:
+        return "—"
+    ratios = _ratios(row["cycles"], {name: each["cycles"] for name, each in others.items()})
+    return ratios or f"{row['cycles'] / 1e6:.2g} million"
+
+
+if __name__ == "__main__":
+    main()

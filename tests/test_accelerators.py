@@ -1,0 +1,75 @@
+"""What `make accelerators` reads in a compiled program, on a program written by hand."""
+
+from accelerators import table
+from accelerators_hlo import cost, size
+
+PROGRAM = """HloModule step
+
+%fused (a: f32[8,128], b: f32[2,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %b = f32[2,128]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %update = f32[8,128]{1,0} dynamic-update-slice(%a, %b, %zero, %zero)
+}
+
+%cheap (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  ROOT %negate = f32[8,128]{1,0} negate(%x)
+}
+
+%dear (y: f32[8,128]) -> f32[8,128] {
+  %y = f32[8,128]{1,0} parameter(0)
+  %exp = f32[8,128]{1,0} exponential(%y)
+  ROOT %log = f32[8,128]{1,0} log(%exp)
+}
+
+%body (z: f32[8,128]) -> f32[8,128] {
+  %z = f32[8,128]{1,0} parameter(0)
+  ROOT %sine = f32[8,128]{1,0} sine(%z)
+}
+
+%more (w: f32[8,128]) -> pred[] {
+  %w = f32[8,128]{1,0} parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (p: f32[8,128], q: f32[2,128], i: s32[]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %q = f32[2,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)
+  %done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%start)
+  %kernel = f32[8,128]{1,0:T(8,128)S(1)} custom-call(%done), custom_call_target="tpu_custom_call"
+  %fusion = f32[8,128]{1,0} fusion(%kernel, %q), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"70"}
+  %branch = f32[8,128]{1,0} conditional(%i, %fusion, %fusion), branch_computations={%cheap, %dear}
+  %loop = f32[8,128]{1,0} while(%branch), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %gather = f32[16,128]{1,0} all-gather(%loop), dimensions={0}
+}
+"""
+
+
+def test_cost():
+    found, whole = cost(PROGRAM), 4 * 8 * 128
+    # The Pallas call, the fusion, the cheap branch, and three turns.
+    assert found.launches == 6
+    assert (found.pallas, found.cycles, found.branches, found.loops) == (1, 70, 1, 1)
+    update = 4 * 2 * 128
+    # In place: the update is read and written, and nothing else of the buffer.
+    assert found.bytes == 2 * whole + 2 * update + 2 * whole + 3 * 2 * whole + 3 * whole
+    # The kernel's operand and result are in VMEM; the copy reads main memory once.
+    assert found.memory == whole + 2 * update + 2 * whole + 3 * 2 * whole + 3 * whole
+    assert found.collectives == ("all-gather",)
+    assert found.gathered == 2 * whole
+
+
+def test_sizes():
+    assert size("(f32[2,3]{1,0}, bf16[4]{0:T(256)S(1)}, s8[], pred[5])").bytes == 24 + 8 + 1 + 5
+    assert size("bf16[4]{0:T(256)S(1)}").memory == 0
+
+
+def test_table():
+    row = {"target": "H100", "case": "one", "seconds": 1.0, "weights": 4, "bytes": 30, "memory": 30, "cycles": None}
+    row |= {"launches": 2, "pallas": 1, "temporary": 1, "branches": 0, "loops": 0, "collectives": {"all-reduce": 2}}
+    text = table([row | {"name": "fgsgd"}, row | {"name": "optax.sgd", "bytes": 20}])
+    assert "1.5 × sgd" in text
+    assert "2 all-reduce" in text
