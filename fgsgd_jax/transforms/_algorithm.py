@@ -44,7 +44,7 @@ def project(plan: Plan, kinds: Stacks, radii: Stacks, points: ByPath, gradients:
     squares, refused = [], []
     for bucket, own in zip(buckets(plan), _by_bucket(plan, norms), strict=True):
         square = kernels.stack(own)
-        finite = jnp.isfinite(jnp.sum(bucket.by_path(square), axis=1))
+        finite = jnp.isfinite(jnp.sum(square, axis=tuple(range(1, square.ndim))))
         squares.append(jnp.where(finite.reshape(-1, *(1,) * len(bucket.grid)), square, jnp.nan))
         refused.append(~finite)
     return Projected(_tensors(plan, tangents), tuple(squares), _figure(refused, jnp.dtype(bool)))
@@ -100,7 +100,7 @@ def retract(
         new = [radius.astype(own.dtype) for radius, own in zip(flat, x, strict=True)]
     moves, norms = kernels.step(mixtures, x, w, new, factor, is_tangent, share_out)
     longest = [
-        largest(bucket.by_path(kernels.stack(own)), 1)
+        largest(kernels.stack(own), range(1, 1 + len(bucket.grid)))
         for bucket, own in zip(buckets(plan), _by_bucket(plan, norms), strict=True)
     ]
     moves = _tensors(plan, moves)
