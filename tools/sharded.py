@@ -161,7 +161,8 @@ def compiled(optimizer, plan, params):
     """The text of the compiled update, without what says from where it was called."""
     tx = OPTIMIZERS[optimizer](plan)
     text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
-    return re.sub(r", metadata=\{[^}]*\}", "", text)
+    # The tables of files and lines come first; what refers to them stands in braces.
+    return re.sub(r", metadata=\{[^}]*\}", "", re.sub(r"(?m)^\d+ [{\"].*\n", "", text))
 
 
 def gathers(kind, optimizer, *paths):
