@@ -100,7 +100,7 @@ def test_the_loss_of_a_process_ends_the_other_and_the_run_resumes(lost, tmp_path
     assert "Traceback" not in message
 
     finish(tmp_path, start_two(tmp_path, *arguments, "--resume"), "01")
-    resumed = re.search(r"resuming after step (\d+) of 120", said(tmp_path, 0))
+    resumed = re.search(r"resuming the run in \S+ after step (\d+) of 120", said(tmp_path, 0))
     assert resumed is not None
     assert int(resumed[1]) >= 4  # the checkpoint after the second epoch
     assert [record["epoch"] for record in records(tmp_path)] == list(range(1, 61))

@@ -271,6 +271,10 @@ def damaged_arrays(root):
     return root / "set.npz"
 
 
+def arrays_of_objects(root):
+    return arrays(root, x_train=np.array([{}, {}], object), y_train=np.arange(2))
+
+
 def unnamed_labels(root):
     """Words that are labels, and words that are one of each image."""
     parquet(root / "train.parquet", {"img": [picture((6, 6), i) for i in range(6)], "kind": ["a", "b"] * 3,
@@ -359,6 +363,7 @@ def several_labels(root):
         (flat_arrays, "x_train is 4×36; images are n × height × width"),
         (few_labels, "y_train has 3 labels for 4 images"),
         (damaged_arrays, "cannot be read"),
+        (arrays_of_objects, "cannot be read: Object arrays cannot be loaded"),
         (damaged_table, "cannot be read as a set of images"),
         (no_images, "no column of images; its columns are text, label"),
         (unlabelled, "no label column: no other column has a class an image; .* or sort the images"),
