@@ -18,8 +18,8 @@ _TALL = 128
 def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
     """Polar factor `y (yᵀy)^-½` of matrices with n ≥ p; `fallback` where there is none (NaN, rank below p).
 
-    It squares what it is given: matrices that overflow or vanish there get the fallback too. A fallback without the length
-    of a point is replaced by the identity.
+    It squares what it is given: matrices that overflow or vanish there get the fallback too. A fallback without the
+    length of a point is replaced by the identity.
 
     One turn is `y ← y q(yᵀy - I)` with the Taylor polynomial `q` of order 4 of `(1 + e)^-½`. It is exact to round-off
     where all singular values are within 2 % of 1 in float32, which every step of up to 0.2 radii satisfies; the number
