@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ..manifolds import Manifold, Mixture
+from ..manifolds import Manifold
 from . import _reference
 from ._layers import Layer, Results, joined, split
 
@@ -26,23 +26,14 @@ def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
 
 def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
     """See `_reference.tangent`."""
-
-    def of_chunk(layer: Layer) -> tuple[Array, Array]:
-        return _reference.tangent(Mixture(manifolds, layer.kind, layer.radius), layer.x, layer.w)
-
-    return _by_matrices(of_chunk, layers)
+    return _by_matrices(_reference.tangent_of(manifolds), layers)
 
 
 def step(
     manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
 ) -> Results:
     """See `_reference.step`."""
-
-    def of_chunk(layer: Layer) -> tuple[Array, Array]:
-        mixture = Mixture(manifolds, layer.kind, layer.radius)
-        return _reference.step(mixture, layer.x, layer.w, layer.new_radius, factor, is_tangent)
-
-    return _by_matrices(of_chunk, layers)
+    return _by_matrices(_reference.step_of(manifolds, factor, is_tangent), layers)
 
 
 def _by_matrices(of_chunk: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:

@@ -1,10 +1,13 @@
 """The definition of one step, from the manifolds' own methods: any manifold, any shape, any backend, differentiable."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..linalg import squared_norm
-from ..manifolds import Mixture
+from ..manifolds import Manifold, Mixture
+from ._layers import Layer
 
 
 def tangent(
@@ -33,3 +36,20 @@ def step(
     if radius is not None:
         y = y * (radius / mixture.radius)[..., None, None]
     return y - x, mixture.constrained(jnp.sqrt(squared_norm(v)) / jnp.asarray(mixture.radius, v.dtype))
+
+
+def tangent_of(manifolds: tuple[Manifold, ...]) -> Callable[[Layer], tuple[Array, Array]]:
+    """`tangent` of a layer on these manifolds."""
+    return lambda layer: tangent(Mixture(manifolds, layer.kind, layer.radius), layer.x, layer.w)
+
+
+def step_of(
+    manifolds: tuple[Manifold, ...], factor: Float[Array, ""], is_tangent: bool
+) -> Callable[[Layer], tuple[Array, Array]]:
+    """`step` of a layer on these manifolds."""
+
+    def of(layer: Layer) -> tuple[Array, Array]:
+        mixture = Mixture(manifolds, layer.kind, layer.radius)
+        return step(mixture, layer.x, layer.w, layer.new_radius, factor, is_tangent)
+
+    return of

@@ -10,28 +10,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..manifolds import Manifold, Mixture
+from ..manifolds import Manifold
 from . import _reference
 from ._layers import Layer, Results, unpacked
 
 
 def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
     """See `_reference.tangent`."""
-    return _by_shape(
-        lambda layer: _reference.tangent(Mixture(manifolds, layer.kind, layer.radius), layer.x, layer.w), layers
-    )
+    return _by_shape(_reference.tangent_of(manifolds), layers)
 
 
 def step(
     manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
 ) -> Results:
     """See `_reference.step`."""
-
-    def of(layer: Layer) -> tuple[Array, Array]:
-        mixture = Mixture(manifolds, layer.kind, layer.radius)
-        return _reference.step(mixture, layer.x, layer.w, layer.new_radius, factor, is_tangent)
-
-    return _by_shape(of, layers)
+    return _by_shape(_reference.step_of(manifolds, factor, is_tangent), layers)
 
 
 def _by_shape(of: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
