@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TEXTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "cost.md", ROOT / "benchmarks" / "README.md")
 
 # What a peer may be off by and still count as feasible; of us 1e-6 is wanted.
 FEASIBLE = 1e-5
