@@ -73,6 +73,8 @@ def anchors(text):
     from markdown.extensions.toc import slugify
 
     found = set()
+    # What other files are shown on a page.
+    text = re.sub(r'--8<-- "([^":]+).*"', lambda shown: (ROOT / shown[1]).read_text(), text)
     for heading in re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
         own_name = re.search(r"\{#([\w-]+)\}", heading)
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|`", r"\1", heading)
