@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from ..groups import Plan, Rules, Stacks, as_plan, buckets, by_path, from_paths, violation
+from ..groups import Plan, Rules, Stacks, as_plan, buckets, by_path, check_scales, from_paths, violation
 from ..manifolds import compute_dtype
 from ._rescaling import InitialRadii
 from ._scale import ScaleState
@@ -114,6 +114,8 @@ def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
 def check_on_manifold(link: str, start: Start, params: Any, initial_radii: InitialRadii) -> None:
     """Raises if concrete parameters are off their manifolds; under jit nothing can be said."""
     radii = None if initial_radii == "gamma" else "fitted"
+    if radii and start.leaves:
+        check_scales(start.plan, start.leaves)
     for path, found in _violations(start.plan, start.leaves, params, radii, _OFF_MANIFOLD).items():
         collection = start.plan.collections[path]
         raise ValueError(
