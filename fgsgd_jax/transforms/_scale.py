@@ -53,6 +53,11 @@ class Scale:
         """The state at λ = 1; of a tree of placeholders, its structure."""
         radii = gammas(self.plan, leaves)
         if self.initial_radii == "fitted" and leaves:
+            if shapes := [path for path in self.plan.collections if isinstance(leaves[path], jax.ShapeDtypeStruct)]:
+                raise TypeError(
+                    f"{shapes[0]}: initial_radii='fitted' reads the weights, this is {leaves[shapes[0]]}; trace the "
+                    "call, jax.eval_shape(tx.init, params), to find shapes alone"
+                )
             own = {path: leaves[path] for path in self.plan.collections}
             fitted = automatic(functools.partial(radii_of, self.plan), kinds, own, like=radii)
             radii = tuple(map(with_radius, fitted))
