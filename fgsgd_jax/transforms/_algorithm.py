@@ -144,7 +144,8 @@ def none_refused(plan: Plan) -> Refused:
 
 def without_refused(tangents: ByPath, refused: Bool[Array, "paths"]) -> ByPath:
     """The tangent vectors, zero where the parameter is refused."""
-    return {path: jnp.where(flag, 0, t) for (path, t), flag in zip(tangents.items(), refused, strict=True)}
+    flags = kernels.unstack(refused)
+    return {path: jnp.where(flag, 0, t) for (path, t), flag in zip(tangents.items(), flags, strict=True)}
 
 
 def without_refused_free(free: ByPath, before: Refused, refused: Bool[Array, "paths"]) -> tuple[ByPath, Refused]:

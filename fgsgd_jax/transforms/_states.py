@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..groups import Stacks, is_scale
@@ -121,7 +122,7 @@ class StepMetrics(NamedTuple):
 _STATES = (ProjectState, NormalizeState, RetractState, RescaleState, FgsgdState, OnManifoldsState)
 
 
-def radii(state: Any) -> dict[str, Float[Array, "*layers inputs outputs"]]:
+def radii(state: Any) -> dict[str, Float[Array | np.ndarray, "*layers inputs outputs"]]:
     """ℜ of every matrix, by path of the parameter: the radii that the state of `rescale`, `fgsgd` or a wrapper holds.
 
     Args:
@@ -155,7 +156,7 @@ def radii(state: Any) -> dict[str, Float[Array, "*layers inputs outputs"]]:
     }
 
 
-def refused(state: Any) -> dict[str, Int[Array, ""]]:
+def refused(state: Any) -> dict[str, Int[Array | np.ndarray | np.generic, ""]]:
     """In how many steps the gradient of each leaf was refused, since `init`.
 
     A gradient without a finite squared norm is taken as zero in that step, as `project` says. All other leaves move,
