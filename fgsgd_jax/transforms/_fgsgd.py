@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from ..groups import Plan, as_rules, automatic, by_path, from_paths, groups_of, kinds_of, names_of
+from ..groups import Plan, as_rules, automatic, by_path, from_paths, groups_of, kinds_of, names_of, widest
 from ..manifolds import Euclidean, compute_dtype
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
@@ -152,6 +152,9 @@ def fgsgd(
         displacements, after, ratio = automatic(
             lines_7_and_8, points, {path: directions[path] for path in steps}, factor, own, feature_moments, like=like
         )
+        # As Optax's optimizers do: an update is no wider than its weight or its gradient.
+        dtypes = {path: widest((points[path].dtype, gradients[path].dtype)) for path in displacements}
+        displacements = {path: move.astype(dtypes[path]) for path, move in displacements.items()}
         return call.answer(moved | displacements), state._replace(
             momentum=traced,
             rate=rate_state,
