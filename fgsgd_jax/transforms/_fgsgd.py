@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from ..groups import Plan, as_rules, automatic, by_path, from_paths, groups_of, kinds_of, names_of
+from ..groups import Plan, as_rules, automatic, buckets, by_path, from_paths, groups_of, kinds_of, names_of, widest
 from ..manifolds import Euclidean, compute_dtype
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
@@ -110,18 +110,21 @@ def fgsgd(
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def lines_5_and_6(points: ByPath, gradients: ByPath, state: Any, rho: Scalar, curvature: Scalar) -> Any:
+            points, gradients = algorithm.packed(call.plan, points, gradients)
             found = algorithm.project(call.plan, state.kinds, state.radii, points, gradients)
             zeta = algorithm.normalize(call.plan, state.groups, found.squares, rho, curvature)
             steps = algorithm.scaled(call.plan, found.tangents, zeta.inverse_zeta)
             steps = {path: step.astype(compute_dtype(points[path].dtype)) for path, step in steps.items()}
-            for path, collection in call.plan.collections.items():
-                if all(isinstance(kind, Euclidean) for kind in collection.kinds):
-                    steps[path] = decayed(steps[path], points[path])
+            for bucket in buckets(call.plan):
+                if all(isinstance(kind, Euclidean) for kind in bucket.kinds):
+                    own = algorithm.names(bucket, steps)
+                    steps |= {name: decayed(steps[name], points[name]) for name in own}
             figures = (x.astype(state.zeta_share.dtype) for x in (zeta.zeta_share, zeta.grad_norm))
-            return steps, *figures, found.refused
+            return algorithm.apart(call.plan, steps), *figures, found.refused
 
         def lines_7_and_8(points: ByPath, directions: ByPath, factor: Array, state: Any, feature_moments: Any) -> Any:
             after = scale.advance(ScaleState(state.radii, state.lambdas), state.kinds, feature_moments)
+            points, directions = algorithm.packed(call.plan, points, directions)
             displacements, ratio = algorithm.retract(
                 call.plan,
                 state.kinds,
@@ -133,7 +136,7 @@ def fgsgd(
                 is_tangent=momentum is None,
                 share_out=share_out,
             )
-            return displacements, after, ratio.astype(state.step_ratio.dtype)
+            return algorithm.apart(call.plan, displacements), after, ratio.astype(state.step_ratio.dtype)
 
         own = state._replace(momentum=None, rate=None)
         points, gradients = call.constrained, {path: call.leaves[path] for path in call.plan.collections}
@@ -152,6 +155,9 @@ def fgsgd(
         displacements, after, ratio = automatic(
             lines_7_and_8, points, {path: directions[path] for path in steps}, factor, own, feature_moments, like=like
         )
+        # As Optax's optimizers do: an update is no wider than its weight or its gradient.
+        dtypes = {path: widest((points[path].dtype, gradients[path].dtype)) for path in displacements}
+        displacements = {path: move.astype(dtypes[path]) for path, move in displacements.items()}
         return call.answer(moved | displacements), state._replace(
             momentum=traced,
             rate=rate_state,

@@ -50,10 +50,12 @@ def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
         call = called("fg.project", plan, updates, params)
 
         def line_5(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
+            points, gradients = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
             radii = algorithm.radii_of(call.plan, kinds, points)
-            found = algorithm.project(call.plan, kinds, radii, points, leaves)
-            tangents = algorithm.without_refused(found.tangents, found.refused)
-            return {path: t.astype(leaves[path].dtype) for path, t in tangents.items()}, found.refused
+            found = algorithm.project(call.plan, kinds, radii, points, gradients)
+            tangents = algorithm.without_refused(call.plan, found.tangents, found.refused)
+            tangents = {path: t.astype(gradients[path].dtype) for path, t in tangents.items()}
+            return algorithm.apart(call.plan, tangents), found.refused
 
         like = call.constrained, state.refused.constrained
         tangents, refused = automatic(line_5, state.kinds, call.constrained, call.leaves, like=like)

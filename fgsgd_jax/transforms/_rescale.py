@@ -77,7 +77,9 @@ def rescale(
 
         def line_8(kinds: Stacks, before: ScaleState, points: ByPath, leaves: ByPath, feature_moments: Any) -> Any:
             after = scale.advance(before, kinds, feature_moments)
-            return algorithm.rescale(call.plan, kinds, points, leaves, after.radii), after
+            points, moves = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
+            reached = algorithm.rescale(call.plan, kinds, points, moves, after.radii)
+            return algorithm.apart(call.plan, reached), after
 
         before = ScaleState(state.radii, state.lambdas)
         like = call.constrained, before

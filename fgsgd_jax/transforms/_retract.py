@@ -54,11 +54,12 @@ def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) ->
         call = called("fg.retract", plan, updates, params)
 
         def line_7(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
+            points, directions = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
             radii = algorithm.radii_of(call.plan, kinds, points)
             displacements, ratio = algorithm.retract(
-                call.plan, kinds, radii, points, leaves, is_tangent=True, share_out=share_out
+                call.plan, kinds, radii, points, directions, is_tangent=True, share_out=share_out
             )
-            return displacements, ratio.astype(state.step_ratio.dtype)
+            return algorithm.apart(call.plan, displacements), ratio.astype(state.step_ratio.dtype)
 
         like = call.constrained, state.step_ratio
         displacements, ratio = automatic(line_7, state.kinds, call.constrained, call.leaves, like=like)
