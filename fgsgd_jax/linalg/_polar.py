@@ -66,15 +66,26 @@ def polar_iteration(y: Float[Array, "*batch n p"]) -> tuple[Float[Array, "*batch
         size = jnp.max(jnp.sum(jnp.abs(e), axis=-1, keepdims=True), axis=-2, keepdims=True)
         shrink = jnp.where((turns == 0) & (size > 1), 1 / (1 + size), 1)
         e = shrink * e - (1 - shrink) * identity(e)
-        square = matmul(e, e)
-        root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
+        y, square = _turned(jnp.sqrt(shrink) * y, e)
         # ‖e‖₂ ≤ ‖e²‖_F^½.
         bound = jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(square), axis=(-2, -1), keepdims=True)))
-        return jnp.sqrt(shrink) * (y + matmul(y, root)), bound, turns + 1
+        return y, bound, turns + 1
 
     start = jnp.full((*y.shape[:-2], 1, 1), jnp.inf, y.dtype) + 0 * y[..., :1, :1]
     y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
     return y, bound <= exact_below(y.dtype)
+
+
+def polar_turn(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
+    """One turn: exact to round-off where the Gram matrix is within `exact_below` of the identity."""
+    return _turned(y, deviation(y))[0]
+
+
+def _turned(y: Array, e: Array) -> tuple[Array, Array]:
+    """`y (1 + e)^-½` to order 4 in `e = yᵀy - I`, and `e²`."""
+    square = matmul(e, e)
+    root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
+    return y + matmul(y, root), square
 
 
 def exact_below(dtype: jnp.dtype) -> float:
