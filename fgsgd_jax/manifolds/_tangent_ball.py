@@ -29,8 +29,8 @@ def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"
     start = msign(t)
     n, p = t.shape[-2:]
     if n == p:
-        # t = xΩ, and the sign of a skew matrix is skew.
-        return start
+        # t = xΩ, and the sign of a skew matrix is skew, up to what it makes of round-off where Ω is singular.
+        return tangent(x, start)
     nuclear = _inner(t, start)
     # To a mean singular value of 1: then the penalty of the augmented Lagrangian is well chosen as 1.
     t = p * t / jnp.where(nuclear > 0, nuclear, 1)
