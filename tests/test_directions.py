@@ -311,7 +311,7 @@ def test_spel_beside_the_reference(nesterov):
     tx = fg.spel(0.1, RULES, 0.9, nesterov=nesterov, free=optax.sgd(0.5))
     state, update = tx.init(params), jax.jit(tx.update)
     theirs, bias = Reference(params, steepest, 0.1), np.asarray(params["bias"])
-    buffers = {path: 0.0 for path in params}
+    buffers = dict.fromkeys(params, 0.0)
     for step in range(5):
         gradients = gradients_of(params, step)
         updates, state = update(gradients, state, params)
@@ -338,7 +338,7 @@ def test_manifold_muon_beside_the_reference(lenient_promotion):
 
     state, update = tx.init(params), jax.jit(tx.update)
     theirs = Reference(params, dual, 0.1)
-    buffers = {path: 0.0 for path in params}
+    buffers = dict.fromkeys(params, 0.0)
     for step in range(3):
         gradients = gradients_of(params, step)
         updates, state = update(gradients, state, params)

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..linalg import norm
 
-
 Steepest = Literal["polar", "dual"]
 
 

@@ -22,7 +22,6 @@ from ..linalg import (
     orthonormalize,
     polar,
     qf,
-    symmetric,
     transpose,
 )
 from ._manifold import Manifold
