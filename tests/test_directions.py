@@ -196,7 +196,7 @@ def test_methods_are_named_in_the_refusal_of_another():
     ids=str,
 )
 def test_retract_takes_what_is_not_tangent(kind, shape, count, retraction):
-    """By the polar retraction to the nearest point of ω + v; by those that know tangent vectors alone, its projection."""
+    """Polar retractions go to the point nearest to ω + v; those that know tangent vectors alone project v."""
     manifold = fg.Stiefel(radius=2.0, retraction=retraction) if kind == "stiefel" else MANIFOLDS[kind](radius=2.0)
     x, g = examples(kind, (1, count, *shape), 2.0)
     v = -0.7 * steepest(kind, x, g, 2.0, tangent=False)
