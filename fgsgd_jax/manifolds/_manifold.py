@@ -171,7 +171,9 @@ class Manifold(abc.ABC):
     def retract(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """A point in the direction of the tangent vector `v` from `x`: `exp` to first order.
 
-        It is on the manifold to round-off for a tangent vector of any length. Where no point can be computed (`v` not
+        It is on the manifold to round-off for a tangent vector of any length. A `v` that is not tangent leads to the
+        point nearest to x + v on spheres, oblique matrices and by the polar retraction; "qr" factorizes x + v, "cayley"
+        and "exp" project v. Where no point can be computed (`v` not
         finite, or `x + v` singular, which no tangent vector leads to) the answer is `x`, to round-off; or some point of
         the manifold if `x` is none.
 
