@@ -13,9 +13,7 @@ from ._largest import largest as largest
 from ._msign import msign as msign
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import (
-    MOST_TURNS as MOST_TURNS,
     deviation as deviation,
-    exact_below as exact_below,
     identity as identity,
     orthonormalize as orthonormalize,
     polar as polar,
