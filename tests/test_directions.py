@@ -305,7 +305,7 @@ class Reference:
             np.testing.assert_allclose(split(self.plan, path, params[path])[index], x, rtol=0, atol=limit, err_msg=path)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("nesterov", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_spel_beside_the_reference(nesterov):
     params, _ = mixed()
     tx = fg.spel(0.1, RULES, 0.9, nesterov=nesterov, free=optax.sgd(0.5))
@@ -374,6 +374,13 @@ def test_hyperball_beside_the_reference(lenient_promotion):
     np.testing.assert_allclose(params["bias"], bias, rtol=0, atol=1e-9)
 
 
+def fast_only(*names):
+    """Every optimizer; those that are not named take long."""
+    return pytest.mark.parametrize(
+        "name", [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in MAKE]
+    )
+
+
 MAKE = {
     "spel": lambda rules: fg.spel(0.05, rules),
     "spel, coarse": lambda rules: fg.spel(0.05, rules, coarse=True),
@@ -382,7 +389,7 @@ MAKE = {
 }
 
 
-@pytest.mark.parametrize("name", MAKE)
+@fast_only("spel", "hyperball")
 def test_a_gradient_that_is_no_number_is_refused(name, lenient_promotion):
     params, gradients = mixed()
     tx = MAKE[name](RULES)
@@ -394,7 +401,7 @@ def test_a_gradient_that_is_no_number_is_refused(name, lenient_promotion):
     assert np.abs(updates["stiefel"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", MAKE)
+@fast_only("spel, coarse", "manifold_muon")
 def test_float32_weights_stay_on_their_manifolds(name, users_settings):
     params, _ = mixed("float32")
     tx = MAKE[name](RULES)

@@ -79,7 +79,7 @@ def hyperball(
     def init(params: Any) -> Any:
         state = inner.init(params)
         start = started("fg.hyperball", plan, params)
-        if not any(isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(params)):
+        if start.leaves and not any(isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in start.leaves.values()):
             check_no_decay_inside(start.plan, params, state)
         return state
 
