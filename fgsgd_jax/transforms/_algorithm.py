@@ -55,10 +55,8 @@ def steepest(
 ) -> ByPath:
     """Directions of steepest ascent along the vectors, of the length of the radius, in the dtypes of the vectors."""
     directions: ByPath = {}
-    for bucket, kind in zip(buckets(plan), kinds, strict=True):
-        x = bucket.matrices(points)
-        mixture = mixture_of(bucket, kind)
-        mixture = mixture.at(mixture.radius_of(x))
+    for bucket, kind, radius in zip(buckets(plan), kinds, radii_of(plan, kinds, points), strict=True):
+        x, mixture = bucket.matrices(points), mixture_of(bucket, kind).at(radius)
         found = mixture.steepest(x, bucket.matrices(vectors).astype(x.dtype), method, tangent, coarse)
         directions |= bucket.tensors(found, vectors)
     return directions

@@ -50,8 +50,9 @@ def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTra
     plan = as_rules(plan)
 
     def init(params: Any) -> Any:
-        own, _ = started(link, plan, params)
-        return ProjectState(names_of(own), kinds_of(own), algorithm.none_refused(own))
+        start = started(link, plan, params)
+        own = start.plan
+        return start.beside(ProjectState(names_of(own), kinds_of(own), algorithm.none_refused(own)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args

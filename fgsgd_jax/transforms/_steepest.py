@@ -68,8 +68,8 @@ def steepest(
     plan = as_rules(plan)
 
     def init(params: Any) -> Any:
-        own, _ = started("fg.steepest", plan, params)
-        return SteepestState(names_of(own), kinds_of(own))
+        start = started("fg.steepest", plan, params)
+        return start.beside(SteepestState(names_of(start.plan), kinds_of(start.plan)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
