@@ -438,6 +438,21 @@ def test_one_step_is_so_many_radii(lenient_promotion):
     np.testing.assert_allclose(lengths, lengths[0], rtol=1e-6)
 
 
+def test_nnx_model(users_settings):
+    from flax import nnx
+
+    model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    rules = [("kernel", fg.Whole(fg.Stiefel(), view=WHOLE)), ("*", None)]
+    nnx.update(model, fg.initialize(jax.random.key(0), nnx.state(model, nnx.Param), rules))
+    before = model.bias[...]
+    for make in (MAKE["spel"], MAKE["hyperball"]):
+        optimizer = nnx.Optimizer(model, make(rules), wrt=nnx.Param)
+        grads = nnx.grad(lambda model: jnp.sum(jnp.square(model(jnp.ones((2, 6))) - 1)))(model)
+        optimizer.update(model, grads)
+        assert fg.violation(nnx.state(model, nnx.Param), rules)["kernel"] <= 1e-6
+    assert np.any(model.bias[...] != before)
+
+
 def test_weight_decay_is_refused(lenient_promotion):
     params, _ = mixed()
     for make in (fg.spel, fg.manifold_muon):

@@ -63,7 +63,7 @@ def _nearest_to_one(low: float, high: float) -> tuple[np.ndarray, float]:
     if high - low < 1e-3:
         # The system below is singular in the limit, which is Taylor's polynomial.
         return np.array([1.875, -1.25, 0.375]), 2.5 * (high - low) ** 3
-    x = np.linspace(low, high, 4)
+    x, coefficients, error = np.linspace(low, high, 4), [], 0.0
     for _ in range(50):
         # Errors of one size and alternating signs, at points that move to where they are largest.
         *coefficients, error = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], axis=1), np.ones(4))

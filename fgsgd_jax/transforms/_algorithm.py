@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from .. import kernels
-from ..groups import Bucket, Plan, Stacks, buckets, widest
+from ..groups import Bucket, Plan, Stacks, buckets, widest, with_radius
 from ..linalg import largest, squared_norm
 from ..manifolds import Mixture, Steepest, compute_dtype
 from ._states import ByPath, Refused
@@ -56,7 +56,7 @@ def steepest(
     """Directions of steepest ascent along the vectors, of the length of the radius, in the dtypes of the vectors."""
     directions: ByPath = {}
     for bucket, kind, radius in zip(buckets(plan), kinds, radii_of(plan, kinds, points), strict=True):
-        x, mixture = bucket.matrices(points), mixture_of(bucket, kind).at(radius)
+        x, mixture = bucket.matrices(points), mixture_of(bucket, kind).at(with_radius(radius))
         found = mixture.steepest(x, bucket.matrices(vectors).astype(x.dtype), method, tangent, coarse)
         directions |= bucket.tensors(found, vectors)
     return directions
