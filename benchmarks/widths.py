@@ -43,7 +43,7 @@ OPTIMIZERS = {
     "fg.spel": (lambda rate, rules: fg.spel(rate, rules, 0.9, free=ADAM_BESIDE), fg.Stiefel, -7),
     "fg.manifold_muon": (lambda rate, rules: fg.manifold_muon(rate, rules, 0.9, free=ADAM_BESIDE), fg.Stiefel, -7),
     "fg.hyperball(adam)": (lambda rate, rules: fg.hyperball(optax.adam(1e-2), rules, rate), fg.Sphere, -7),
-    "optax.adam": (lambda rate, rules: optax.adam(rate), fg.Sphere, -12),
+    "optax.adam": (lambda rate, rules: optax.adam(rate), fg.Sphere, -10),
 }
 POINTS = 7
 
@@ -92,6 +92,15 @@ def optimum(rates, found):
     return float(2 ** (np.log2(rates[best]) + shift * np.log2(rates[1] / rates[0])))
 
 
+def table(rows):
+    """The optima, a line for each optimizer, as docs/directions.md shows them."""
+    lines = [["best rate at width", *map(str, WIDTHS), "largest / smallest"], ["---", *["---:"] * (len(WIDTHS) + 1)]]
+    for name in OPTIMIZERS:
+        found = [row["optimum"] for width in WIDTHS for row in rows if (row["optimizer"], row["width"]) == (name, width)]
+        lines.append([f"`{name}`", *(f"{rate:.3f}" for rate in found), f"{max(found) / min(found):.2f}"])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
@@ -106,7 +115,7 @@ def main():
             start = time.perf_counter()
             found = losses(name, width, rates)
             row = {"optimizer": name, "width": width, "optimum": optimum(rates, found), "rates": rates}
-            row |= {"losses": [round(each, 5) for each in found], "seconds": round(time.perf_counter() - start, 1)}
+            row |= {"losses": [round(float(each), 5) for each in found], "seconds": round(time.perf_counter() - start, 1)}
             rows = [old for old in rows if (old["optimizer"], old["width"]) != (name, width)] + [row]
             print(
                 f"{name}, width {width}: optimum {row['optimum']:.4g}, losses {row['losses']}, {row['seconds']} s",

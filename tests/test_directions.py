@@ -1,6 +1,8 @@
 """Directions of steepest descent and the optimizers made of them, beside NumPy in float64 and a convex solver."""
 
 import functools
+import json
+import pathlib
 
 import helpers as h
 import jax
@@ -451,6 +453,18 @@ def test_nnx_model(users_settings):
         optimizer.update(model, grads)
         assert fg.violation(nnx.state(model, nnx.Param), rules)["kernel"] <= 1e-6
     assert np.any(model.bias[...] != before)
+
+
+def test_the_page_shows_the_optimal_rates_over_widths():
+    """As benchmarks/widths.py found them: relative to the radius, one rate serves all widths."""
+    widths = pytest.importorskip("widths")
+    rows = json.loads(widths.RESULTS.read_text())["rows"]
+    page = pathlib.Path(__file__).parent.parent / "docs/directions.md"
+    assert widths.table(rows) in page.read_text()
+    for name in ("fg.spel", "fg.manifold_muon", "fg.hyperball(adam)"):
+        found = [row["optimum"] for row in rows if row["optimizer"] == name]
+        assert len(found) == len(widths.WIDTHS)
+        assert max(found) <= 1.5 * min(found)
 
 
 def test_weight_decay_is_refused(lenient_promotion):

@@ -77,20 +77,23 @@ def hyperball(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        state = inner.init(params)
         start = started("fg.hyperball", plan, params)
-        if start.leaves and not any(isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in start.leaves.values()):
-            check_no_decay_inside(start.plan, params, state)
-        return state
+        # Inside jit, even what is made of known numbers would be traced.
+        with jax.ensure_compile_time_eval():
+            if start.leaves and not any(map(is_unknown, start.leaves.values())):
+                check_no_decay_inside(start.plan, params)
+        return inner.init(params)
 
-    def check_no_decay_inside(plan: Any, params: Any, state: Any) -> None:
+    def check_no_decay_inside(plan: Any, params: Any) -> None:
         zeros = jax.tree.map(jnp.zeros_like, params)
         try:
-            updates, _ = inner.update(zeros, state, params)
+            updates, _ = inner.update(zeros, inner.init(params), params)
         except TypeError:
             # It needs arguments that only a training step has.
             return
         moved, weights = by_path(updates), by_path(params)
+        if any(map(is_unknown, moved.values())):
+            return
         for path in (path for path, collection in plan.collections.items() if collection.constrained):
             u, w = (jnp.ravel(tree[path]).astype(jnp.float32) for tree in (moved, weights))
             # Without a gradient nothing but a decay moves a weight straight towards zero.
@@ -100,6 +103,9 @@ def hyperball(
                     "only shortens the part of the update that moves them. Leave it to the other leaves, as in "
                     "optax.adamw(1e-3, mask=plan.mask)"
                 )
+
+    def is_unknown(leaf: Any) -> bool:
+        return isinstance(leaf, (Tracer, jax.ShapeDtypeStruct))
 
     return optax.chain(
         refuse("fg.hyperball", plan),

@@ -29,8 +29,8 @@ def steepest(
     | Euclidean, s = 1 | spectral | msign(g), as Muon |
 
     The norm of a POM is the largest norm of its matrices, so that each gets a direction of its own and the plan's
-    groups have no say. Neither has anything before this link that scales matrices, as `normalize_by_zeta` does: ζ is
-    divided out again. The views choose the matrices: heads, slices, tiles. Leaves without a collection pass through.
+    groups have no say. Neither has what scales whole matrices right before this link, as `normalize_by_zeta` does: ζ is
+    divided out again (with a momentum between them it weighs the steps against each other). The views choose the matrices: heads, slices, tiles. Leaves without a collection pass through.
 
     msign(t) is steeper than all tangent vectors and not tangent itself (for n ≠ p). `retract` takes it as it is: the
     polar retraction goes to the point nearest to ω - ru, which exists for r < 1 and agrees with that of the tangent
@@ -41,7 +41,7 @@ def steepest(
       method: `"polar"` or `"dual"`; they differ on Stiefel alone, and there not for square matrices.
       tangent: whether to project first. False gives the direction of g itself; not for `"dual"`.
       coarse: whether the products of msign and of its projection are in bfloat16, with singular values that end within
-        15 % of 1 (Muon's within 30 %); not for `"dual"`. Weights stay exactly on their manifolds.
+        15 % of 1; not for `"dual"`. Weights stay exactly on their manifolds.
 
     Returns:
       A transformation whose `update` needs `params`, to put behind the momentum and before the learning rate.
