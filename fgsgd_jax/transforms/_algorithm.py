@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from .. import kernels
-from ..groups import Bucket, Plan, Stacks, buckets, widest
+from ..groups import Bucket, Plan, Stacks, buckets, widest, with_radius
 from ..linalg import largest, squared_norm
-from ..manifolds import Mixture, compute_dtype
+from ..manifolds import Mixture, Steepest, compute_dtype
 from ._states import ByPath, Refused
 from ._zeta import Scalar, of_groups, reciprocal_zeta
 
@@ -88,10 +88,22 @@ def project(plan: Plan, kinds: Stacks, radii: Stacks, points: ByPath, gradients:
     squares, refused = [], []
     for bucket, own in zip(buckets(plan), _by_bucket(plan, points, norms), strict=True):
         square = _stacked(bucket, own)
-        finite = jnp.isfinite(jnp.sum(square, axis=tuple(range(1, square.ndim))))
+        finite = _finite(square)
         squares.append(jnp.where(finite.reshape(-1, *(1,) * len(bucket.grid)), square, jnp.nan))
         refused.append(~finite)
     return Projected(_tensors(plan, points, tangents), tuple(squares), _figure(refused, jnp.dtype(bool)))
+
+
+def steepest(
+    plan: Plan, kinds: Stacks, points: ByPath, vectors: ByPath, method: Steepest, tangent: bool, coarse: bool
+) -> ByPath:
+    """Directions of steepest ascent along the vectors, of the length of the radius, in the dtypes of the vectors."""
+    directions: ByPath = {}
+    for bucket, kind, radius in zip(buckets(plan), kinds, radii_of(plan, kinds, points), strict=True):
+        x, mixture = bucket.matrices(points), mixture_of(bucket, kind).at(with_radius(radius))
+        found = mixture.steepest(x, bucket.matrices(vectors).astype(x.dtype), method, tangent, coarse)
+        directions |= bucket.tensors(found, vectors)
+    return directions
 
 
 def normalize(plan: Plan, groups: Stacks, squares: Stacks, rho: Scalar, curvature: Scalar) -> Normalized:
@@ -179,6 +191,16 @@ def squared_norms(plan: Plan, tensors: ByPath) -> Stacks:
     return tuple(squared_norm(matrices(bucket, tensors)) for bucket in buckets(plan))
 
 
+def refused(plan: Plan, tensors: ByPath) -> Bool[Array, "paths"]:
+    """Which of the constrained parameters are refused, by the squared norms of `tensors`."""
+    return _figure([~_finite(square) for square in squared_norms(plan, tensors)], jnp.dtype(bool))
+
+
+def in_order(plan: Plan, tensors: ByPath) -> ByPath:
+    """The tensors of the constrained parameters alone, in the order of figures."""
+    return {path: tensors[path] for bucket in buckets(plan) for path in bucket.paths}
+
+
 # The rule everywhere: a leaf whose squared norm is not finite (NaN, infinite, or a norm above 10¹⁹ in float32, after
 # which ζ leaves nothing of a step and no second moment is a number) counts as zero. So nothing that is not finite
 # reaches a weight, a momentum buffer or a moment, and all other leaves move as if nothing had happened.
@@ -224,6 +246,11 @@ def no_figure(plan: Plan, leaves: ByPath) -> Float[Array, "paths"]:
 def mixture_of(bucket: Bucket, kind: Array | tuple[()]) -> Mixture:
     """The manifolds of a bucket's matrices, at radius 1."""
     return Mixture(bucket.kinds, None if isinstance(kind, tuple) else kind)
+
+
+def _finite(squares: Float[Array, "paths *grid"]) -> Bool[Array, "paths"]:
+    """Whether all squared norms of a parameter are finite."""
+    return jnp.isfinite(jnp.sum(squares, axis=tuple(range(1, squares.ndim))))
 
 
 def _figure(parts: list[Array], dtype: jnp.dtype | None = None) -> Array:

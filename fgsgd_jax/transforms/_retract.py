@@ -12,9 +12,14 @@ from ._states import ByPath, RetractState
 
 
 def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) -> optax.GradientTransformationExtraArgs:
-    """Turns tangent vectors into displacements that end on the manifolds.
+    """Turns updates into displacements that end on the manifolds.
 
     The update v of a matrix ω becomes φ_ω(v) - ω with the retraction φ of its manifold, at the radius of ω as given.
+
+    v need not be tangent, as the directions of `steepest` are not. It is not projected: the polar retraction of Stiefel
+    matrices, spheres and oblique matrices go to the point nearest to ω + v, QR factorizes ω + v. The Cayley transform
+    and the exponential, which are defined for tangent vectors alone, take Π_ω(v). Where ω + v has no nearest point, the
+    weight stays.
 
     Args:
       plan: the plan of the parameters, or its rules.

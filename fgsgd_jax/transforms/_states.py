@@ -70,6 +70,13 @@ class RetractState(NamedTuple):
     step_ratio: Float[Array, "paths"]
 
 
+class SteepestState(NamedTuple):
+    """Of `steepest`: the kind of manifold of every matrix."""
+
+    paths: Paths
+    kinds: Stacks
+
+
 class RescaleState(NamedTuple):
     """Of `rescale`: the kinds, ℜ (the radius of every matrix), and what λ needs."""
 
