@@ -100,9 +100,9 @@ def steepest(
     """Directions of steepest ascent along the vectors, of the length of the radius, in the dtypes of the vectors."""
     directions: ByPath = {}
     for bucket, kind, radius in zip(buckets(plan), kinds, radii_of(plan, kinds, points), strict=True):
-        x, mixture = bucket.matrices(points), mixture_of(bucket, kind).at(with_radius(radius))
-        found = mixture.steepest(x, bucket.matrices(vectors).astype(x.dtype), method, tangent, coarse)
-        directions |= bucket.tensors(found, vectors)
+        x, mixture = matrices(bucket, points), mixture_of(bucket, kind).at(with_radius(radius))
+        found = mixture.steepest(x, matrices(bucket, vectors).astype(x.dtype), method, tangent, coarse)
+        directions |= tensors_of(bucket, found, {name: vectors[name] for name in names(bucket, vectors)})
     return directions
 
 
@@ -194,11 +194,6 @@ def squared_norms(plan: Plan, tensors: ByPath) -> Stacks:
 def refused(plan: Plan, tensors: ByPath) -> Bool[Array, "paths"]:
     """Which of the constrained parameters are refused, by the squared norms of `tensors`."""
     return _figure([~_finite(square) for square in squared_norms(plan, tensors)], jnp.dtype(bool))
-
-
-def in_order(plan: Plan, tensors: ByPath) -> ByPath:
-    """The tensors of the constrained parameters alone, in the order of figures."""
-    return {path: tensors[path] for bucket in buckets(plan) for path in bucket.paths}
 
 
 # The rule everywhere: a leaf whose squared norm is not finite (NaN, infinite, or a norm above 10¹⁹ in float32, after

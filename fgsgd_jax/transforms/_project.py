@@ -67,9 +67,10 @@ def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTra
             return algorithm.apart(call.plan, tangents), found.refused
 
         def as_they_are(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
-            del kinds, points
-            refused = algorithm.refused(call.plan, leaves)
-            return algorithm.without_refused(algorithm.in_order(call.plan, leaves), refused), refused
+            del kinds
+            (gradients,) = algorithm.packed(call.plan, {path: leaves[path] for path in points})
+            refused = algorithm.refused(call.plan, gradients)
+            return algorithm.apart(call.plan, algorithm.without_refused(call.plan, gradients, refused)), refused
 
         like = call.constrained, state.refused.constrained
         passed, refused = automatic(

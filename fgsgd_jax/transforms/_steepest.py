@@ -76,7 +76,9 @@ def steepest(
         call = called("fg.steepest", plan, updates, params)
 
         def directions(kinds: Stacks, points: ByPath, leaves: ByPath) -> ByPath:
-            return algorithm.steepest(call.plan, kinds, points, leaves, method, tangent, coarse)
+            points, vectors = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
+            found = algorithm.steepest(call.plan, kinds, points, vectors, method, tangent, coarse)
+            return algorithm.apart(call.plan, found)
 
         return call.answer(
             automatic(directions, state.kinds, call.constrained, call.leaves, like=call.constrained)
