@@ -96,7 +96,8 @@ def table(rows):
     """The optima, a line for each optimizer, as docs/directions.md shows them."""
     lines = [["best rate at width", *map(str, WIDTHS), "largest / smallest"], ["---", *["---:"] * (len(WIDTHS) + 1)]]
     for name in OPTIMIZERS:
-        found = [row["optimum"] for width in WIDTHS for row in rows if (row["optimizer"], row["width"]) == (name, width)]
+        by_width = {row["width"]: row["optimum"] for row in rows if row["optimizer"] == name}
+        found = [by_width[width] for width in WIDTHS if width in by_width]
         lines.append([f"`{name}`", *(f"{rate:.3f}" for rate in found), f"{max(found) / min(found):.2f}"])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -115,7 +116,8 @@ def main():
             start = time.perf_counter()
             found = losses(name, width, rates)
             row = {"optimizer": name, "width": width, "optimum": optimum(rates, found), "rates": rates}
-            row |= {"losses": [round(float(each), 5) for each in found], "seconds": round(time.perf_counter() - start, 1)}
+            row["losses"] = [round(float(each), 5) for each in found]
+            row["seconds"] = round(time.perf_counter() - start, 1)
             rows = [old for old in rows if (old["optimizer"], old["width"]) != (name, width)] + [row]
             print(
                 f"{name}, width {width}: optimum {row['optimum']:.4g}, losses {row['losses']}, {row['seconds']} s",

@@ -28,9 +28,10 @@ def steepest(
     | oblique | largest column | t_j/‖t_j‖ by columns |
     | Euclidean, s = 1 | spectral | msign(g), as Muon |
 
-    The norm of a POM is the largest norm of its matrices, so that each gets a direction of its own and the plan's
-    groups have no say. Neither has what scales whole matrices right before this link, as `normalize_by_zeta` does: ζ is
-    divided out again (with a momentum between them it weighs the steps against each other). The views choose the matrices: heads, slices, tiles. Leaves without a collection pass through.
+    The norm of a POM is the largest norm of its matrices: each gets a direction of its own, and the groups of the plan
+    do not matter. Nor does what scales whole matrices right before this link: ζ of `normalize_by_zeta` is divided out
+    again. (With a momentum between them, ζ weighs the steps against each other.) The views choose the matrices: heads,
+    slices, tiles. Leaves without a collection pass through.
 
     msign(t) is steeper than all tangent vectors and not tangent itself (for n ≠ p). `retract` takes it as it is: the
     polar retraction goes to the point nearest to ω - ru, which exists for r < 1 and agrees with that of the tangent
