@@ -19,7 +19,8 @@ class FeatureMoments:
 
     The arrays have one shape: that of the weight's axes `axes`, in this order. For the kernels of convolutions and
     Dense layers that is the input channels [C], for a grouped convolution those of all groups; for an attention's
-    output projection [heads, head_dim].
+    output projection [heads, head_dim]. Of a stack of layers they begin with the axes of the stack, which `axes` may
+    leave out: moments [layers, C] with `axes` (-2,) and with (0, -2) mean the same.
 
     Example:
       >>> import jax.numpy as jnp
