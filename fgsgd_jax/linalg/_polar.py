@@ -90,7 +90,7 @@ def exact_below(dtype: jnp.dtype) -> float:
 
 
 def _root(e: Array, third_order: bool = False) -> tuple[Array, Array]:
-    """(I + e)^-½ - I of order 1 or 3, and e or e²: what is left in the Gram matrix is at most 3/4 of the square of it."""
+    """(I + e)^-½ - I of order 1 or 3, and e or e²: the Gram matrix is left with at most 3/4 of its square."""
     if not third_order:
         return -e / 2, e
     square = matmul(e, e)
