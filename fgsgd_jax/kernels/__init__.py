@@ -1,4 +1,16 @@
 """Floor 3, kernels: one step of many matrices, fast. All that exists to please a compiler or a cache lives here."""
 
 from ._api import step as step, tangent as tangent
+from ._by_platform import by_platform as by_platform
+from ._descend import (
+    FORMS as FORMS,
+    descend as descend,
+    descends as descends,
+    matrices as matrices,
+    measure as measure,
+    move as move,
+    planes as planes,
+    unserved as unserved,
+)
+from ._pallas_layer import LayerType as LayerType, Planes as Planes
 from ._values import stack as stack, unstack as unstack

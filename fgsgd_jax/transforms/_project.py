@@ -56,7 +56,8 @@ def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
 
         like = call.constrained, state.refused.constrained
         tangents, refused = automatic(line_5, state.kinds, call.constrained, call.leaves, like=like)
-        free, refused = algorithm.without_refused_free(call.free, state.refused, refused)
-        return call.answer(free | tangents), state._replace(refused=refused)
+        free, refused_free = algorithm.without_refused_free(call.free)
+        counts = algorithm.counted(state.refused, refused, refused_free)
+        return call.answer(free | tangents), state._replace(refused=counts)
 
     return optax.GradientTransformationExtraArgs(init, update)
