@@ -389,7 +389,7 @@ def test_vmap_is_one_after_the_other(manifolds, shape):
     x, w, _ = arrays(its)
 
     def scaled(scale):
-        return operations(its.mixtures(), x, [scale * a for a in w], None, -1.0)
+        return operations(its.mixtures(), x, [jnp.sqrt(scale) * a for a in w], None, -jnp.sqrt(scale))
 
     scales = jnp.asarray([0.01, 20.0], jnp.float32)
     together = jax.jit(jax.vmap(scaled))(scales)
@@ -455,14 +455,10 @@ def test_what_pleases_one_compiler_is_in_no_other_program(manifolds, shape):
         program = jax.jit(lambda *numbers: operations(its.mixtures(), *numbers))
         return export.export(program, platforms=(platform,), disabled_checks=[allowed])(*numbers).mlir_module()
 
-    modules = {platform: lowered(platform) for platform in ("cpu", "tpu", "cuda")}
-
-    def count(name, platform):
-        return modules[platform].count(f"stablehlo.{name}")
-
-    own = "optimization_barrier" if shape == (3, 3) else "dot_general"
-    assert count(own, "cpu")
-    assert count(own, "tpu") == count(own, "cuda") == 0
+    own = "stablehlo.optimization_barrier" if shape == (3, 3) else "stablehlo.dot_general"
+    assert own in lowered("cpu")
+    for platform in ("tpu", "cuda"):
+        assert own not in lowered(platform)
 
 
 SHARDED = """

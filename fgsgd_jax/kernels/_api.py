@@ -2,24 +2,37 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ..manifolds import Manifold, Mixture
 from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _share_out, _xla
-from ._layers import Layer, Results
+from ._layers import Layer, Results, unpacked
 
 # In the order of preference. What none of them serves, and every other backend, gets the reference.
 _ON_CPU = (_cpu_planes, _cpu_lengths, _cpu_chunks)
 
-Operation = Literal["tangent", "step"]
+
+class Operation(NamedTuple):
+    """What is to be done with several layers: line 5, or (`is_step`) line 7 along a direction that may be tangent."""
+
+    manifolds: tuple[Manifold, ...]
+    is_step: bool
+    is_tangent: bool = False
+
+    def by(self, form: ModuleType, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
+        """The results of one form."""
+        if self.is_step:
+            return form.step(self.manifolds, layers, factor, self.is_tangent)
+        return form.tangent(self.manifolds, layers)
 
 
 def tangent(
@@ -37,7 +50,7 @@ def tangent(
       least float32. Squared norms may overflow.
     """
     layers = [Layer(x, g, m.kind, _radii(m, x)) for m, x, g in zip(mixtures, points, gradients, strict=True)]
-    return _by_group("tangent", False, mixtures, layers, 1.0)
+    return _by_group(functools.partial(Operation, is_step=False), mixtures, layers, 1.0)
 
 
 def step(
@@ -66,7 +79,9 @@ def step(
     new = [None] * len(points) if radii is None else radii
     parts = zip(mixtures, points, directions, new, strict=True)
     layers = [Layer(x, w, m.kind, _radii(m, x), r) for m, x, w, r in parts]
-    return _by_group("step", is_tangent, mixtures, layers, factor, share_out)
+    return _by_group(
+        functools.partial(Operation, is_step=True, is_tangent=is_tangent), mixtures, layers, factor, share_out
+    )
 
 
 def form_for(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> ModuleType:
@@ -77,13 +92,16 @@ def form_for(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> Mod
     return next((form for form in _ON_CPU if form.serves(manifolds, n, p, count)), _xla)
 
 
+def _count(layers: Sequence[Layer]) -> int:
+    return sum(math.prod(layer.x.shape[:-2]) for layer in layers)
+
+
 def _radii(mixture: Mixture, x: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(mixture.radius, x.dtype), x.shape[:-2])
 
 
 def _by_group(
-    operation: Operation,
-    is_tangent: bool,
+    operation: Callable[[tuple[Manifold, ...]], Operation],
     mixtures: Sequence[Mixture],
     layers: Sequence[Layer],
     factor: float | Array,
@@ -95,42 +113,28 @@ def _by_group(
         places.setdefault((mixture.manifolds, layer.x.shape[-2:], layer.x.dtype), []).append(place)
     found: dict[int, tuple[Array, Array]] = {}
     for (manifolds, (n, p), dtype), own in places.items():
-        count = sum(math.prod(layers[place].x.shape[:-2]) for place in own)
-        form = form_for(manifolds, n, p, count)
-        own_factor = jnp.asarray(factor, dtype)
-        alike = [layers[place] for place in own]
-        if share_out is not None and _share_out.serves(n, p, count):
-            results = _share_out.step(share_out, manifolds, alike, own_factor, is_tangent)
+        alike, own_factor = [layers[place] for place in own], jnp.asarray(factor, dtype)
+        if share_out is not None and _share_out.serves(n, p, _count(alike)):
+            results = _share_out.step(share_out, manifolds, alike, own_factor, operation(manifolds).is_tangent)
         else:
-            run = _run if form is _xla else _run_on_cpu
-            results = run(operation, is_tangent, manifolds, form, alike, own_factor)
+            results = _by_platform(operation(manifolds), alike, own_factor)
         found |= dict(zip(own, zip(*results, strict=True), strict=True))
-    pairs = [found[place] for place in range(len(layers))]
-    return [array for array, _ in pairs], [figure for _, figure in pairs]
-
-
-def _run(
-    operation: Operation,
-    is_tangent: bool,
-    manifolds: tuple[Manifold, ...],
-    form: ModuleType,
-    layers: Sequence[Layer],
-    factor: Array,
-) -> Results:
-    if operation == "tangent":
-        return form.tangent(manifolds, layers)
-    return form.step(manifolds, layers, factor, is_tangent)
+    return unpacked([found[place] for place in range(len(layers))])
 
 
 # A loop whose length is found at run time has no derivative: that is the reference's.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _run_on_cpu(operation, is_tangent, manifolds, form, layers, factor) -> Results:
-    def of(form):
-        return functools.partial(_run, operation, is_tangent, manifolds, form)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_platform(operation, layers, factor) -> Results:
+    leaves, tree = jax.tree.flatten((_varying(layers, factor), factor))
+    flat = _operation_p.bind(*leaves, operation=operation, tree=tree)
+    return flat[: len(layers)], flat[len(layers) :]
 
-    return lax.platform_dependent(_varying(layers, factor), factor, cpu=of(form), default=of(_xla))
+
+@_by_platform.defjvp
+def _by_platform_jvp(operation, primals, tangents):
+    return _by_platform(operation, *primals), jax.jvp(functools.partial(operation.by, _xla), primals, tangents)[1]
 
 
 def _varying(layers: Sequence[Layer], factor: Array) -> Sequence[Layer]:
@@ -141,9 +145,59 @@ def _varying(layers: Sequence[Layer], factor: Array) -> Sequence[Layer]:
     return jax.tree.map(lambda a: a + nothing if jnp.issubdtype(a.dtype, jnp.floating) else a, layers)
 
 
-@_run_on_cpu.defjvp
-def _run_on_cpu_jvp(operation, is_tangent, manifolds, form, primals, tangents):
-    def reference(*args):
-        return _run(operation, is_tangent, manifolds, _xla, *args)
+# A primitive of its own, since `lax.platform_dependent` traces the forms of all platforms.
 
-    return _run_on_cpu(operation, is_tangent, manifolds, form, *primals), jax.jvp(reference, primals, tangents)[1]
+_operation_p = Primitive("fgsgd_jax_operation")
+_operation_p.multiple_results = True
+
+
+@functools.partial(jax.jit, static_argnames=("operation", "tree"))
+def _jitted(*leaves: Array, operation: Operation, tree: Any) -> list[Array]:
+    return _operation_p.bind(*leaves, operation=operation, tree=tree)
+
+
+@_operation_p.def_impl
+def _eager(*leaves: Array, operation: Operation, tree: Any) -> list[Array]:
+    with jax.disable_jit(False):
+        return _jitted(*leaves, operation=operation, tree=tree)
+
+
+@_operation_p.def_abstract_eval
+def _types(*leaves: Any, operation: Operation, tree: Any) -> list[Any]:
+    del operation
+    layers, _ = tree.unflatten(leaves)
+    return [layer.x for layer in layers] + [layer.radius for layer in layers]
+
+
+def _lowering(form_of: Callable[[Operation, Sequence[Layer]], ModuleType]) -> Any:
+    def lowered(*leaves: Array, operation: Operation, tree: Any) -> list[Array]:
+        layers, factor = tree.unflatten(leaves)
+        results, figures = operation.by(form_of(operation, layers), layers, factor)
+        return results + figures
+
+    return mlir.lower_fun(lowered)
+
+
+def _on_cpu(operation: Operation, layers: Sequence[Layer]) -> ModuleType:
+    return form_for(operation.manifolds, *layers[0].x.shape[-2:], _count(layers))
+
+
+mlir.register_lowering(_operation_p, _lowering(lambda operation, layers: _xla))
+mlir.register_lowering(_operation_p, _lowering(_on_cpu), "cpu")
+
+
+def _batched(leaves: Sequence[Array], axes: Sequence[Any], operation: Operation, tree: Any) -> Any:
+    """The matrices of all instances as those of one: the operation takes any batch of them."""
+    size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
+
+    def in_front(leaf: Array, axis: int | None) -> Array:
+        return jnp.broadcast_to(leaf, (size, *leaf.shape)) if axis is None else jnp.moveaxis(leaf, axis, 0)
+
+    layers, factors = tree.unflatten([in_front(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)])
+    # Lines 5 and 7 are linear in the direction.
+    layers = [layer._replace(w=layer.w * factors.reshape(-1, *(1,) * (layer.w.ndim - 1))) for layer in layers]
+    flat = _operation_p.bind(*jax.tree.leaves((layers, jnp.ones_like(factors[0]))), operation=operation, tree=tree)
+    return flat, [0] * len(flat)
+
+
+batching.primitive_batchers[_operation_p] = _batched

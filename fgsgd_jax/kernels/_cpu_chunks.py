@@ -90,3 +90,12 @@ def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
         return jax.tree.map(lambda result: jnp.broadcast_to(nothing.astype(result.dtype), result.shape), results)
 
     return lax.cond(lax.optimization_barrier(jnp.ones((), bool)), function, zeros, *args)
+
+
+def offsets(sizes: Sequence[int]) -> list[Array]:
+    """Where parts of these sizes begin, one after the other, in numbers that the compiler does not know.
+
+    XLA on CPU compiles a kernel for each slice whose start it knows, and else one for all of a size.
+    """
+    starts = [jnp.uint32(sum(sizes[:place])) for place in range(len(sizes))]
+    return fusion_barrier(lambda *starts: list(starts), *starts)

@@ -10,6 +10,7 @@ all of them.
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..linalg import MOST_TURNS, exact_below
 from ..manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
-from ._cpu_chunks import by_chunks, fusion_barrier
+from ._cpu_chunks import by_chunks, fusion_barrier, offsets
 from ._layers import Layer, Results
 
 # Up to so many multiplications a product costs little beside moving its operands: 9×9 matrices.
@@ -255,20 +256,19 @@ def _join(layers: Sequence[Layer]) -> Layer:
 
 def _split(joined: Float[Array, "n p count"], layers: Sequence[Layer], values: bool = False) -> list[Array]:
     """The layers' parts of matrices or values: undoes `_join`."""
-    # XLA on CPU compiles a kernel for each part whose start it knows, and else one for each size. Values are joined
-    # again soon: their slices vanish if it knows that they are adjacent.
-    one = lax.optimization_barrier(jnp.ones((), jnp.uint32))
-    flat = joined.ravel() if values else joined
-    parts, start = {}, 0
-    for place in _order(layers):
-        batch = layers[place].x.shape[:-2]
-        size = math.prod(batch)
-        if values:
+    order = _order(layers)
+    batches = [layers[place].x.shape[:-2] for place in order]
+    sizes = [math.prod(batch) for batch in batches]
+    parts = {}
+    if values:
+        # These are joined again soon: their slices vanish if XLA knows that they are adjacent.
+        flat, starts = joined.ravel(), itertools.accumulate(sizes, initial=0)
+        for place, batch, size, start in zip(order, batches, sizes, starts, strict=False):
             parts[place] = lax.slice_in_dim(flat, start, start + size).reshape(batch)
-        else:
-            part = lax.dynamic_slice_in_dim(flat, start * one, size, axis=-1)
+    else:
+        for place, batch, size, start in zip(order, batches, sizes, offsets(sizes), strict=True):
+            part = lax.dynamic_slice_in_dim(joined, start, size, axis=-1)
             parts[place] = jnp.moveaxis(part.reshape(*joined.shape[:-1], *batch), (0, 1), (-2, -1))
-        start += size
     return [parts[place] for place in range(len(layers))]
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
+from ._cpu_chunks import offsets
+
 
 def stack(parts: Sequence[Shaped[Array, "*grid"]]) -> Shaped[Array, "parts *grid"]:
     """The values of all parts as one array."""
@@ -29,9 +31,7 @@ def unstack(stacked: Shaped[Array, "parts *grid"], restacked: bool = False) -> l
         return [lax.slice_in_dim(flat, part * size, (part + 1) * size).reshape(grid) for part in range(count)]
 
     def at_places_of_run_time(flat: Array) -> list[Array]:
-        # XLA on CPU compiles a kernel for each part whose start it knows, and else one for all.
-        one = lax.optimization_barrier(jnp.ones((), jnp.uint32))
-        return [lax.dynamic_slice_in_dim(flat, part * size * one, size).reshape(grid) for part in range(count)]
+        return [lax.dynamic_slice_in_dim(flat, start, size).reshape(grid) for start in offsets([size] * count)]
 
     if restacked:
         return at_known_places(flat)
