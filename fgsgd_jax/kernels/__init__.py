@@ -1,9 +1,10 @@
 """Floor 3, kernels: one step of many matrices, fast. All that exists to please a compiler or a cache lives here."""
 
 from ._api import step as step, tangent as tangent
-from ._by_platform import by_platform as by_platform
+from ._by_platform import Program as Program, by_platform as by_platform
 from ._descend import (
     FORMS as FORMS,
+    Place as Place,
     descend as descend,
     descends as descends,
     matrices as matrices,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ..manifolds import Manifold, Mixture
 from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _share_out, _xla
+from ._by_platform import is_shared
 from ._layers import Layer, Results, unpacked
 
 # In the order of preference. What none of them serves, and every other backend, gets the reference.
@@ -87,7 +88,7 @@ def step(
 def form_for(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> ModuleType:
     """The form that serves `count` n×p matrices on these manifolds on CPU."""
     # Joined, layers lose the axes along which they are shared out over devices.
-    if jax.device_count() > 1:
+    if is_shared():
         return _xla
     return next((form for form in _ON_CPU if form.serves(manifolds, n, p, count)), _xla)
 

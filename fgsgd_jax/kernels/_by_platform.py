@@ -1,10 +1,12 @@
 """A computation that each platform does in its own way, chosen when the program is lowered for it.
 
-`lax.platform_dependent` would trace the ways of all platforms, and knows nothing of how many devices a program is for.
+`lax.platform_dependent` would trace the ways of all platforms, and does not know how many devices a program is for.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +15,26 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 Way = Callable[..., Any]
-Ways = tuple[tuple[str, Callable[[bool], Way]], ...]
 
 
-def by_platform(default: Way, ways: Mapping[str, Callable[[bool], Way]], like: Any, *args: Any) -> Any:
+class Program(NamedTuple):
+    """What is known of a program when it is lowered.
+
+    `is_shared` says that its arrays may lie on several devices, in other ways than `shard_map`, which shows it the part
+    of one; `is_exported` that it is kept for other releases than this one.
+    """
+
+    is_shared: bool
+    is_exported: bool
+
+
+def by_platform(default: Way, ways: Mapping[str, Callable[[Program], Way]], like: Any, *args: Any) -> Any:
     """`default(*args)`, or on a platform that has a way of its own, what that does.
 
     Args:
       default: what every other platform does; derivatives and batches are those of it.
-      ways: by platform, given whether every array is whole where the program runs: on one device, or in `shard_map`.
-      like: shapes and dtypes of the result, in its structure; `default` is traced where it is needed alone.
+      ways: by platform, made for a program.
+      like: shapes and dtypes of the result, in its structure; functions are traced where they are needed alone.
       *args: pytrees of arrays.
     """
     leaves, structure = jax.tree.flatten(_varying(args))
@@ -36,9 +48,28 @@ def by_platform(default: Way, ways: Mapping[str, Callable[[bool], Way]], like: A
 
         return of_leaves
 
-    flat_ways = tuple((name, lambda whole, of=of: flat(of(whole))) for name, of in ways.items())
+    flat_ways = tuple((name, lambda program, of=of: flat(of(program))) for name, of in ways.items())
     types = tuple((each.shape, each.dtype) for each in shapes)
-    return jax.tree.unflatten(result, _by_platform_p.bind(*leaves, default=flat(default), ways=flat_ways, types=types))
+    found = _by_platform_p.bind(*leaves, default=flat(default), ways=flat_ways, types=types)
+    return jax.tree.unflatten(result, found)
+
+
+_SHARED: contextvars.ContextVar[bool | None] = contextvars.ContextVar("shared", default=None)
+
+
+def is_shared() -> bool:
+    """Whether arrays may lie on several devices: in the program that is being lowered, or else in this process."""
+    known = _SHARED.get()
+    return jax.device_count() > 1 if known is None else known
+
+
+@contextlib.contextmanager
+def _lowered_for(program: Program) -> Iterator[None]:
+    token = _SHARED.set(program.is_shared)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
 
 
 def _varying(args: Any) -> Any:
@@ -58,39 +89,40 @@ _by_platform_p.multiple_results = True
 
 
 @_by_platform_p.def_impl
-def _eager(*leaves: Array, default: Way, ways: Ways, types: Any) -> list[Array]:
+def _eager(*leaves: Array, default: Way, ways: Any, types: Any) -> list[Array]:
     del types
     devices = set().union(*(leaf.devices() for leaf in leaves))
     names = {"cuda" if device.platform == "gpu" else device.platform for device in devices}
     of = dict(ways).get(names.pop()) if len(devices) == 1 else None
     # Not jitted: the functions are new in every call, and would be compiled in every call.
-    return (default if of is None else of(True))(*leaves)
+    return (default if of is None else of(Program(False, False)))(*leaves)
 
 
 @_by_platform_p.def_abstract_eval
-def _types(*leaves: Any, default: Way, ways: Ways, types: Any) -> list[Any]:
+def _types(*leaves: Any, default: Way, ways: Any, types: Any) -> list[Any]:
     del default, ways
     like = next(leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
     return [like.update(shape=shape, dtype=dtype, weak_type=False) for shape, dtype in types]
 
 
 def _lowering(platform: str | None) -> Any:
-    def rule(ctx: Any, *leaves: Any, default: Way, ways: Ways, types: Any) -> Any:
+    def rule(ctx: Any, *leaves: Any, default: Way, ways: Any, types: Any) -> Any:
         del types
+        parameters = ctx.module_context.lowering_parameters
+        program = Program(_shares(ctx.module_context.axis_context), parameters.for_export)
         of = dict(ways).get(platform)
-        return mlir.lower_fun(default if of is None else of(_is_whole(ctx)))(ctx, *leaves)
+        with _lowered_for(program):
+            return mlir.lower_fun(default if of is None else of(program))(ctx, *leaves)
 
     return rule
 
 
-def _is_whole(ctx: Any) -> bool:
-    """Whether the program sees whole arrays: it is for one device, or all axes of the mesh are manual."""
-    context = ctx.module_context.axis_context
+def _shares(context: Any) -> bool:
     if isinstance(context, mlir.ShardingContext):
-        return context.num_devices == 1
+        return context.num_devices != 1
     if isinstance(context, mlir.SPMDAxisContext):
-        return set(context.manual_axes) == set(context.mesh.axis_names)
-    return True
+        return set(context.manual_axes) != set(context.mesh.axis_names)
+    return False
 
 
 mlir.register_lowering(_by_platform_p, _lowering(None))
@@ -100,8 +132,7 @@ for _platform in ("cpu", "tpu", "cuda"):
 
 def _derivative(primals: Sequence[Any], tangents: Sequence[Any], default: Way, **params: Any) -> Any:
     found = _by_platform_p.bind(*primals, default=default, **params)
-    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
-    return found, jax.jvp(default, primals, tangents)[1]
+    return found, jax.jvp(default, primals, [ad.instantiate_zeros(tangent) for tangent in tangents])[1]
 
 
 def _batched(leaves: Sequence[Any], axes: Sequence[Any], default: Way, **params: Any) -> Any:

@@ -2,17 +2,19 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from .. import kernels
-from ..groups import Bucket, Plan, buckets
+from ..groups import Bucket, Plan, buckets, by_path
 from ..linalg import largest
 from ..manifolds import compute_dtype
 from . import _algorithm as algorithm
 from ._algorithm import Descent, Step
+from ._states import ByPath
 
 Kernels = Literal["auto", "xla", "pallas"]
 Lines = Callable[[Plan, Step], Descent]
@@ -24,33 +26,86 @@ def check_kernels(choice: str) -> None:
         raise ValueError(f"kernels={choice!r}: write one of {', '.join(map(repr, get_args(Kernels)))}")
 
 
-def at_once(lines: Lines, plan: Plan, step: Step, choice: Kernels, nesterov: bool) -> Descent:
-    """What `lines` result in, by kernels for all that the platform has kernels for, or only if it has (`"pallas"`)."""
+def at_once(
+    lines: Lines, plan: Plan, step: Step, choice: Kernels, nesterov: bool, shardings: dict[str, NamedSharding]
+) -> Descent:
+    """What `lines` result in: by the kernels of the platform where it has any, or only by these (`"pallas"`).
+
+    `shardings` are those that are known, of the leaves by path.
+    """
+    if not plan.collections:
+        return lines(plan, step)
+    like = _like(plan, step)
 
     def by_lines(step: Step) -> Descent:
+        if choice == "pallas":
+            raise ValueError(_refusal(next(iter(plan.collections)), "there are none for this platform"))
         return jax.tree.map(lambda found, wanted: found.astype(wanted.dtype), lines(plan, step), like)
 
-    def refuse(step: Step) -> Descent:
-        path = next(iter(plan.collections), "")
-        raise ValueError(f"kernels='pallas': {path}: there are none for this platform; write kernels='auto'")
+    def way(platform: str, program: kernels.Program) -> Callable[[Step], Descent]:
+        form = _Form(platform, program, nesterov, shardings)
+        return lambda step: _by_kernels(form, lines, plan, step, choice == "pallas")
 
-    def way(platform: str, is_whole: bool) -> Callable[[Step], Descent]:
-        def by_kernels(step: Step) -> Descent:
-            return _by_kernels(platform, lines, plan, step, choice == "pallas", nesterov, is_whole)
-
-        return by_kernels
-
-    like = _like(plan, step)
-    if not plan.collections:
-        return by_lines(step)
-    served = any(
-        _unserved(platform, bucket, step, nesterov) is None for platform in kernels.FORMS for bucket in buckets(plan)
-    )
-    if choice == "xla" or not (served or choice == "pallas"):
-        return by_lines(step)
     step = step._replace(options=jax.tree.map(jnp.asarray, step.options))
-    ways = {platform: functools.partial(way, platform) for platform in kernels.FORMS}
-    return kernels.by_platform(refuse if choice == "pallas" else by_lines, ways, like, step)
+    ways = {platform: functools.partial(way, platform) for platform in kernels.FORMS if choice != "xla"}
+    return kernels.by_platform(by_lines, ways, like, step)
+
+
+def known_shardings(points: ByPath, stated: Any) -> dict[str, NamedSharding]:
+    """How the leaves lie on a mesh, as far as it is known: by the types of explicit axes, or as it is stated."""
+    found = {}
+    for path, point in points.items():
+        sharding = jax.typeof(point).sharding
+        if sharding.mesh.are_all_axes_explicit and not sharding.mesh.empty:
+            found[path] = sharding
+    if isinstance(stated, NamedSharding):
+        return dict.fromkeys(points, stated) | found
+    return ({} if stated is None else {path: each for path, each in by_path(stated).items() if path in points}) | found
+
+
+class _Form(NamedTuple):
+    """The kernels of a platform for a program, and what is known of how leaves lie on its mesh."""
+
+    platform: str
+    program: kernels.Program
+    nesterov: bool
+    shardings: dict[str, NamedSharding]
+
+    def unserved(self, bucket: Bucket, step: Step) -> str | None:
+        """Why there are no kernels for a bucket; None if there are."""
+        if self.program.is_shared:
+            place = self.place(bucket)
+            if isinstance(place, str):
+                return place
+        *grid, n, p = bucket.view.grid
+        dtypes = {tree[path].dtype for path in bucket.paths for tree in (step.points, step.gradients)}
+        return kernels.unserved(self.platform, self.program, self.layer(bucket), grid, n, p, *dtypes)
+
+    def layer(self, bucket: Bucket) -> kernels.LayerType:
+        return kernels.LayerType(bucket.kinds, bucket.grouping, bucket.members, self.nesterov)
+
+    def place(self, bucket: Bucket) -> kernels.Place | str | None:
+        """Where a bucket lies in a program for several devices; or why there are no kernels for that."""
+        if not self.program.is_shared:
+            return None
+        if any(path not in self.shardings for path in bucket.paths):
+            return (
+                "the program is for several devices, and nothing says how the weights lie on them: give the axes of "
+                "the mesh the type Explicit, or pass shardings="
+            )
+        own = [self.shardings[path] for path in bucket.paths]
+        specs = [bucket.grid_spec(sharding.spec) for sharding in own]
+        if any(spec is None for spec in specs):
+            return "entries of one matrix, or parts of several axes of the grid, lie on different devices"
+        if len({sharding.mesh for sharding in own}) > 1:
+            return "parameters of one shape lie on different meshes"
+        # In the context of explicit axes a mesh of automatic ones was made.
+        mesh = own[0].mesh if jax.sharding.get_abstract_mesh().empty else None
+        return kernels.Place(mesh, specs)
+
+
+def _refusal(path: str, reason: str) -> str:
+    return f"kernels='pallas': {path}: {reason}; or write kernels='auto'"
 
 
 def _like(plan: Plan, step: Step) -> Any:
@@ -63,36 +118,19 @@ def _like(plan: Plan, step: Step) -> Any:
     return Descent(moves, momentum, figure, figure, figure, refused)
 
 
-def _by_kernels(
-    platform: str, lines: Lines, plan: Plan, step: Step, only: bool, nesterov: bool, is_whole: bool
-) -> Descent:
+def _by_kernels(form: _Form, lines: Lines, plan: Plan, step: Step, only: bool) -> Descent:
     """What the kernels of a platform serve by these, all else by `lines`."""
     layout = buckets(plan)
-    reasons = [_unserved(platform, bucket, step, nesterov, is_whole) for bucket in layout]
-    pairs = list(zip(layout, reasons, strict=True))
-    if only:
-        for bucket, reason in pairs:
-            if reason:
-                raise ValueError(f"kernels='pallas': {bucket.paths[0]}: {reason}; write kernels='auto'")
-    rest = [bucket for bucket, reason in pairs if reason]
+    reasons = [form.unserved(bucket, step) for bucket in layout]
+    for bucket, reason in zip(layout, reasons, strict=True):
+        if only and reason:
+            raise ValueError(_refusal(bucket.paths[0], reason))
+    rest = [bucket for bucket, reason in zip(layout, reasons, strict=True) if reason]
     parts = [(rest, lines(*_part(plan, step, rest)))] if rest else []
-    for bucket, reason in pairs:
-        if reason is None:
-            parts.append(([bucket], _of_bucket(platform, *_part(plan, step, [bucket]), _layer(bucket, nesterov))))
+    for bucket in layout:
+        if bucket not in rest:
+            parts.append(([bucket], _of_bucket(form, *_part(plan, step, [bucket]))))
     return _together(plan, step, parts)
-
-
-def _unserved(platform: str, bucket: Bucket, step: Step, nesterov: bool, is_whole: bool = True) -> str | None:
-    """Why a platform has no kernels for a bucket; None if it has."""
-    if not is_whole:
-        return "the program is for several devices"
-    layer, (*grid, n, p) = _layer(bucket, nesterov), bucket.view.grid
-    dtypes = {tree[path].dtype for path in bucket.paths for tree in (step.points, step.gradients)}
-    return kernels.unserved(platform, layer, grid, n, p, *dtypes)
-
-
-def _layer(bucket: Bucket, nesterov: bool) -> kernels.LayerType:
-    return kernels.LayerType(bucket.kinds, bucket.grouping, bucket.members, nesterov)
 
 
 def _part(plan: Plan, step: Step, own: Sequence[Bucket]) -> tuple[Plan, Step]:
@@ -111,30 +149,30 @@ def _part(plan: Plan, step: Step, own: Sequence[Bucket]) -> tuple[Plan, Step]:
     return Plan(entries, plan.seed), Step(*map(of, arrays), options)
 
 
-def _of_bucket(platform: str, plan: Plan, step: Step, layer: kernels.LayerType) -> Descent:
+def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
     """One bucket's descent by kernels."""
     (bucket,) = buckets(plan)
+    platform, layer, place = form.platform, form.layer(bucket), form.place(bucket)
     scalars = jnp.stack([jnp.asarray(number).astype(jnp.float32) for number in step.options])
     parameters = _planes(bucket, layer, step)
-    if kernels.descends(platform, layer, parameters[0].x):
-        found = [kernels.descend(platform, layer, scalars, each) for each in parameters]
+    if kernels.descends(platform, layer, parameters, place):
+        found = kernels.descend(platform, layer, scalars, parameters, place)
         above, norm, refused, ratio = jnp.stack([each.figures for each in found], axis=1)
         share, refused = above / bucket.num_groups, refused > 0
     else:
-        squares, refused = algorithm.refuse(plan, [kernels.measure(platform, layer, each) for each in parameters])
+        squares, refused = algorithm.refuse(plan, kernels.measure(platform, layer, parameters, place))
         zeta = algorithm.normalize(plan, step.groups, squares, step.options.rho, step.options.curvature)
         scales = kernels.unstack(zeta.inverse_zeta[0], restacked=True)
-        pairs = zip(parameters, scales, strict=True)
-        found = [kernels.move(platform, layer, scalars, each, scale) for each, scale in pairs]
+        found = kernels.move(platform, layer, scalars, parameters, scales, place)
         ratio = largest(jnp.stack([each.ratios for each in found]), 1)
         share, norm = zeta.zeta_share, zeta.grad_norm
 
-    def by_path(tensors: Sequence[Any]) -> Any:
+    def tensors(tensors: Sequence[Any]) -> Any:
         pairs = zip(bucket.paths, tensors, strict=True)
         return {path: bucket.view.merge(kernels.matrices(tensor)) for path, tensor in pairs}
 
-    momentum = None if step.momentum is None else by_path([each.momentum for each in found])
-    return Descent(by_path([each.displacement for each in found]), momentum, share, norm, ratio, refused)
+    momentum = None if step.momentum is None else tensors([each.momentum for each in found])
+    return Descent(tensors([each.displacement for each in found]), momentum, share, norm, ratio, refused)
 
 
 def _planes(bucket: Bucket, layer: kernels.LayerType, step: Step) -> list[kernels.Planes]:

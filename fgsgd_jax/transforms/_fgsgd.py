@@ -11,7 +11,7 @@ from ..groups import Plan, as_rules, automatic, by_path, from_paths, groups_of, 
 from ..manifolds import Euclidean, compute_dtype
 from . import _algorithm as algorithm
 from ._algorithm import Descent, Options, Step
-from ._at_once import Kernels, at_once, check_kernels
+from ._at_once import Kernels, at_once, check_kernels, known_shardings
 from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
 from ._scale import Scale, ScaleState
@@ -32,6 +32,7 @@ def fgsgd(
     initial_radii: InitialRadii = "gamma",
     share_out: jax.sharding.Mesh | None = None,
     kernels: Kernels = "auto",
+    shardings: Any = None,
     **old: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Fine-grained SGD: SGD on collections of products of manifolds.
@@ -57,6 +58,9 @@ def fgsgd(
       kernels: `"auto"` to let a matrix of up to 64 entries take lines 5 to 7 in Pallas kernels where the program is
         compiled for a TPU or an NVIDIA GPU, `"xla"` to use none, `"pallas"` to raise an error where there is none for
         a constrained leaf, with its path and the reason.
+      shardings: how the constrained leaves lie on a mesh whose axes are not of type Explicit, for the kernels: one
+        `NamedSharding` of them all, or a tree of them like the parameters, as in `jax.jit(..., in_shardings=...)`.
+        Without it, programs for several devices use no kernels on such a mesh.
       **old: keywords of version 0.1, which warn; see `rescale`.
 
     Returns:
@@ -140,7 +144,7 @@ def fgsgd(
         def lines_5_to_8(step: Step, before: ScaleState, feature_moments: Any) -> tuple[Descent, ScaleState]:
             after = scale.advance(before, step.kinds, feature_moments)
             step = step._replace(new_radii=after.radii if rescaling.measures else None)
-            return at_once(lines_5_to_7, call.plan, step, kernels, nesterov), after
+            return at_once(lines_5_to_7, call.plan, step, kernels, nesterov, places), after
 
         free, refused_free = algorithm.without_refused_free(call.free)
         free = {path: decayed(g, call.points[path], weight_decay) for path, g in free.items()}
@@ -151,6 +155,8 @@ def fgsgd(
         rated: Any = rate.update((directions, one), state.rate)
         (moved, factor), rate_state = rated
 
+        # Behind `automatic` explicit axes are so no more.
+        places = known_shardings(call.constrained, shardings)
         points, gradients = call.constrained, {path: call.leaves[path] for path in call.plan.collections}
         own = None if buffers is None else {path: buffers[path] for path in points}
         options = Options(factor, 0.0 if momentum is None else momentum, rho, curvature, weight_decay)
