@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ class Workload:
     mesh: str | None = None
     # Whether the buffers of weights and state are handed over, as a training loop may do.
     donate: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def workloads() -> dict[str, Workload]:
@@ -252,7 +251,7 @@ def program(devices: list, workload: Workload, name: str) -> tuple[Any, tuple, t
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=one)
         return lambda key, params: fg.initialize(key, params, plan), (key, params), ()
     tx = {
-        FGSGD: lambda: fg.fgsgd(0.1, plan, momentum=0.9, **workload.options),
+        FGSGD: lambda: fg.fgsgd(0.1, plan, momentum=0.9, shardings=over if workload.mesh else None),
         SGD: lambda: optax.sgd(0.1, momentum=0.9),
         MUON: lambda: optax.contrib.muon(1e-3, muon_weight_dimension_numbers=_as_matrices),
     }[name]()
