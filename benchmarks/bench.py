@@ -2,8 +2,8 @@
 
 Each part runs in a process of its own and writes its JSON row by row, so that what ends one part leaves the others
 theirs. On a CPU, JAX and PyTorch get one core unless told otherwise. Results are written to
-benchmarks/results/DEVICE, those of quick runs to benchmarks/results/DEVICE-quick; the tables in README.md and in
-benchmarks/README.md follow the JSON.
+benchmarks/results/DEVICE, those of quick runs to benchmarks/results/DEVICE-quick; the tables in README.md,
+docs/cost.md and benchmarks/README.md follow the JSON.
 """
 
 import os

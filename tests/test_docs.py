@@ -62,11 +62,19 @@ def test_every_public_name_is_in_the_reference():
         assert isinstance(value, types.ModuleType) or value.__doc__
 
 
+def test_every_public_name_is_in_the_index():
+    index = (ROOT / "docs/reference/index.md").read_text()
+    missing = [name for name in (*public(fg), "nnx", "linen") if f"[`fg.{name}`][fgsgd_jax.{name}]" not in index]
+    assert not missing, f"add to docs/reference/index.md: {missing}"
+
+
 def anchors(text):
     """The anchors of a page's headings, as MkDocs makes them."""
     from markdown.extensions.toc import slugify
 
     found = set()
+    # What other files are shown on a page.
+    text = re.sub(r'--8<-- "([^":]+).*"', lambda shown: (ROOT / shown[1]).read_text(), text)
     for heading in re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
         own_name = re.search(r"\{#([\w-]+)\}", heading)
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|`", r"\1", heading)

@@ -152,3 +152,20 @@ def test_inside_an_nnx_optimizer(make):
     for path, leaf in called.items():
         np.testing.assert_array_equal(leaf, uncalled[path])
     assert not np.array_equal(called["first/bias"], nnx.state(Net(), nnx.Param)["first"]["bias"][...])
+
+
+def test_adamw_needs_no_mask_for_constrained_weights(lenient_promotion):
+    """Decay pulls along the radius, which the projection removes: the constrained weights are those without decay."""
+    params = fg.initialize(jax.random.key(0), {"kernel": jnp.ones((6, 4), jnp.float32)}, RULES[:1])
+
+    def trained(mask):
+        tx = fg.on_manifolds(optax.adamw(0.01, weight_decay=0.5, mask=mask), RULES[:1])
+        kernel, state = params, tx.init(params)
+        for key in jax.random.split(jax.random.key(1), 5):
+            updates, state = tx.update({"kernel": jax.random.normal(key, (6, 4), jnp.float32)}, state, kernel)
+            kernel = optax.apply_updates(kernel, updates)
+        return kernel["kernel"]
+
+    unmasked, masked = trained(None), trained({"kernel": False})
+    assert jnp.max(jnp.abs(masked - params["kernel"])) > 0.01
+    np.testing.assert_allclose(unmasked, masked, atol=5e-7)

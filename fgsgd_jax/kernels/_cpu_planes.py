@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ..linalg import MOST_TURNS, exact_below
 from ..manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
 from ._cpu_chunks import by_chunks, fusion_barrier, offsets
 from ._layers import Layer, Results
@@ -31,6 +30,7 @@ _MULTIPLICATIONS = 768
 _LONGEST = 32
 # So many entries of matrices are handled at a time, which stay in a core's L2 cache, in steps of so many matrices.
 _ENTRIES, _LANES = 2**15, 16
+_MOST_TURNS = 40
 # Fewer matrices are handled as fast by batched products.
 _FEWEST = 256
 
@@ -171,11 +171,11 @@ class _Members:
 
     def _polar(self, y: Array) -> tuple[Array, Bool[Array, "1 1 count"]]:
         """`y` with the polar factors of its Stiefel matrices, and which converged: see `linalg.orthonormalize`."""
-        enough = exact_below(y.dtype)
+        enough = float(jnp.finfo(y.dtype).eps) ** 0.2
 
         def unfinished(carry):
             _, bound, turns = carry
-            return jnp.any(bound > enough) & (turns < MOST_TURNS)
+            return jnp.any(bound > enough) & (turns < _MOST_TURNS)
 
         def turn(carry):
             y, _, turns = carry

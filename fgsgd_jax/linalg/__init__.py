@@ -12,9 +12,7 @@ from ._gram_iteration import gram_iteration as gram_iteration
 from ._largest import largest as largest
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import (
-    MOST_TURNS as MOST_TURNS,
     deviation as deviation,
-    exact_below as exact_below,
     identity as identity,
     orthonormalize as orthonormalize,
     polar as polar,
