@@ -132,7 +132,7 @@ for _platform in ("cpu", "tpu", "cuda"):
 
 def _derivative(primals: Sequence[Any], tangents: Sequence[Any], default: Way, **params: Any) -> Any:
     found = _by_platform_p.bind(*primals, default=default, **params)
-    return found, jax.jvp(default, primals, [ad.instantiate_zeros(tangent) for tangent in tangents])[1]
+    return found, jax.jvp(default, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))[1]
 
 
 def _batched(leaves: Sequence[Any], axes: Sequence[Any], default: Way, **params: Any) -> Any:
