@@ -90,14 +90,14 @@ def steps(case):
         if 0 <= scale < 1e20:
             g = scale * g
         else:
-            g[..., -1, 1, 1] = scale
+            g[..., -1, 0, 1] = scale
         g = {"kernel": jnp.asarray(g, of.dtype)}
         updates, after = update(g, state, params, **given)
         found.append(((g, state, params), given, (updates, after)))
         params, state = optax.apply_updates(params, updates), after
     if "momentum" in of.options:
         # Last a buffer that is no number.
-        broken = state._replace(momentum=jax.tree.map(lambda m: m.at[..., 1, 1].set(np.nan), state.momentum))
+        broken = state._replace(momentum=jax.tree.map(lambda m: m.at[..., 0, 1].set(np.nan), state.momentum))
         found.append(((g, broken, params), given, update(g, broken, params, **given)))
     return plan, found
 
