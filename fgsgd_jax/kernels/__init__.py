@@ -5,6 +5,7 @@ from ._by_platform import Program as Program, by_platform as by_platform
 from ._descend import (
     FORMS as FORMS,
     Place as Place,
+    by_parameter as by_parameter,
     descend as descend,
     descends as descends,
     matrices as matrices,

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from . import _pallas_tpu, _pallas_triton
 from ._by_platform import Program
 from ._pallas_layer import Descended, LayerType, Moved, Planes
+from ._values import unstack
 
 
 class Form(NamedTuple):
@@ -101,6 +103,17 @@ def move(
         return Moved(tensor, None if planes.m is None else tensor, PartitionSpec())
 
     return _each(place, one, out, scalars, parameters, inverse_zeta)
+
+
+def by_parameter(
+    platform: str, program: Program, stacked: Shaped[Array, "parts *grid"]
+) -> list[Shaped[Array, "*grid"]]:
+    """One value for each matrix, of parameters of one grid, by parameter."""
+    if platform == "tpu" and not (program.is_shared or program.is_exported):
+        # A TPU may lay the parameters along the lanes, from where each would take a copy of its own.
+        row_major = Layout(tuple(range(stacked.ndim)))
+        stacked = lax.optimization_barrier(with_layout_constraint(stacked, row_major))
+    return unstack(stacked, restacked=True)
 
 
 def planes(x: Float[Array, "*layers C D n p"]) -> Float[Array, "*layers n p C D"]:

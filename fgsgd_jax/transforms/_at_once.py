@@ -154,10 +154,10 @@ def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
     (bucket,) = buckets(plan)
     platform, layer, place = form.platform, form.layer(bucket), form.place(bucket)
     scalars = jnp.stack([jnp.asarray(number).astype(jnp.float32) for number in step.options])
-    parameters = _planes(bucket, layer, step)
+    parameters = _planes(form, bucket, step)
     if kernels.descends(platform, layer, parameters, place):
         found = kernels.descend(platform, layer, scalars, parameters, place)
-        above, norm, refused, ratio = jnp.stack([each.figures for each in found], axis=1)
+        above, norm, refused, ratio = jnp.concatenate([each.figures for each in found]).reshape(-1, 4).T
         share, refused = above / bucket.num_groups, refused > 0
     else:
         squares, refused = algorithm.refuse(plan, kernels.measure(platform, layer, parameters, place))
@@ -175,7 +175,7 @@ def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
     return Descent(tensors([each.displacement for each in found]), momentum, share, norm, ratio, refused)
 
 
-def _planes(bucket: Bucket, layer: kernels.LayerType, step: Step) -> list[kernels.Planes]:
+def _planes(form: _Form, bucket: Bucket, step: Step) -> list[kernels.Planes]:
     """What the kernels are given of each parameter of the only bucket."""
 
     def tensors(tree: Any) -> list[Any]:
@@ -184,11 +184,12 @@ def _planes(bucket: Bucket, layer: kernels.LayerType, step: Step) -> list[kernel
     def values(stacks: Any, dtype: Any = None) -> list[Any]:
         if not stacks or isinstance(stacks[0], tuple):
             return [None] * len(bucket.paths)
-        return kernels.unstack(stacks[0] if dtype is None else stacks[0].astype(dtype), restacked=True)
+        stacked = stacks[0] if dtype is None else stacks[0].astype(dtype)
+        return kernels.by_parameter(form.platform, form.program, stacked)
 
     columns = [tensors(step.points), tensors(step.gradients), tensors(step.momentum), values(step.kinds)]
     columns += [values(step.radii, jnp.float32), values(step.new_radii, jnp.float32)]
-    columns.append(values(step.groups if layer.has_groups else None))
+    columns.append(values(step.groups if form.layer(bucket).has_groups else None))
     return [kernels.Planes(*parts) for parts in zip(*columns, strict=True)]
 
 
