@@ -113,8 +113,8 @@ def _like(plan: Plan, step: Step) -> Any:
     points = {path: step.points[path] for path in plan.collections}
     moves = {path: jax.ShapeDtypeStruct(x.shape, compute_dtype(x.dtype)) for path, x in points.items()}
     figure = algorithm.no_figure(plan, points)
+    figure, refused = (jax.ShapeDtypeStruct(figure.shape, dtype) for dtype in (figure.dtype, bool))
     momentum = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), step.momentum)
-    refused = jax.ShapeDtypeStruct(figure.shape, bool)
     return Descent(moves, momentum, figure, figure, figure, refused)
 
 
@@ -135,9 +135,8 @@ def _by_kernels(form: _Form, lines: Lines, plan: Plan, step: Step, only: bool) -
 
 def _part(plan: Plan, step: Step, own: Sequence[Bucket]) -> tuple[Plan, Step]:
     """The plan and the arrays of some buckets."""
-    paths = [path for bucket in own for path in bucket.paths]
-    pairs = zip(buckets(plan), range(len(plan)), strict=False)
-    places = [place for bucket, place in pairs if bucket in own]
+    paths = {path for bucket in own for path in bucket.paths}
+    places = [place for place, bucket in enumerate(buckets(plan)) if bucket in own]
 
     def of(trees: Any) -> Any:
         if isinstance(trees, dict):
@@ -167,12 +166,12 @@ def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
         ratio = largest(jnp.stack([each.ratios for each in found]), 1)
         share, norm = zeta.zeta_share, zeta.grad_norm
 
-    def tensors(tensors: Sequence[Any]) -> Any:
-        pairs = zip(bucket.paths, tensors, strict=True)
-        return {path: bucket.view.merge(kernels.matrices(tensor)) for path, tensor in pairs}
+    def tensors(name: str) -> Any:
+        pairs = zip(bucket.paths, found, strict=True)
+        return {path: bucket.view.merge(kernels.matrices(getattr(each, name))) for path, each in pairs}
 
-    momentum = None if step.momentum is None else tensors([each.momentum for each in found])
-    return Descent(tensors([each.displacement for each in found]), momentum, share, norm, ratio, refused)
+    momentum = None if step.momentum is None else tensors("momentum")
+    return Descent(tensors("displacement"), momentum, share, norm, ratio, refused)
 
 
 def _planes(form: _Form, bucket: Bucket, step: Step) -> list[kernels.Planes]:
@@ -195,18 +194,17 @@ def _planes(form: _Form, bucket: Bucket, step: Step) -> list[kernels.Planes]:
 
 def _together(plan: Plan, step: Step, parts: Sequence[tuple[Sequence[Bucket], Descent]]) -> Descent:
     """One descent of those of parts of the plan, the figures in the order of its buckets."""
-    figures: dict[tuple[str, ...], list[Any]] = {}
+    by_bucket: dict[tuple[str, ...], list[Any]] = {}
     for own, (_, _, *columns) in parts:
         start = 0
         for bucket in own:
             end = start + len(bucket.paths)
-            figures[bucket.paths] = [column[start:end] for column in columns]
+            by_bucket[bucket.paths] = [column[start:end] for column in columns]
             start = end
-    in_order = zip(*(figures[bucket.paths] for bucket in buckets(plan)), strict=True)
-    like = _like(plan, step)[2:]
-    figures_ = [
-        jnp.concatenate([part.astype(wanted.dtype) for part in column])
-        for column, wanted in zip(in_order, like, strict=True)
+    in_order = zip(*(by_bucket[bucket.paths] for bucket in buckets(plan)), strict=True)
+    dtypes = [wanted.dtype for wanted in _like(plan, step)[2:]]
+    figures = [
+        jnp.concatenate([part.astype(dtype) for part in column]) for column, dtype in zip(in_order, dtypes, strict=True)
     ]
     tensors = [{path: x for _, descent in parts for path, x in (descent[place] or {}).items()} for place in (0, 1)]
-    return Descent(tensors[0], None if step.momentum is None else tensors[1], *figures_)
+    return Descent(tensors[0], None if step.momentum is None else tensors[1], *figures)

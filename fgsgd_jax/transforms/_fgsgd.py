@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ..groups import Plan, as_rules, automatic, by_path, from_paths, groups_of, kinds_of, names_of
@@ -30,7 +30,7 @@ def fgsgd(
     weight_decay: Scalar = 0.0,
     rescaling: Rescaling | None = None,
     initial_radii: InitialRadii = "gamma",
-    share_out: jax.sharding.Mesh | None = None,
+    share_out: Mesh | None = None,
     kernels: Kernels = "auto",
     shardings: Any = None,
     **old: Any,
@@ -55,19 +55,20 @@ def fgsgd(
       share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
         part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
         displacements. None to have every device do all of it.
-      kernels: `"auto"` to let a matrix of up to 64 entries take lines 5 to 7 in Pallas kernels where the program is
-        compiled for a TPU or an NVIDIA GPU, `"xla"` to use none, `"pallas"` to raise an error where there is none for
-        a constrained leaf, with its path and the reason.
-      shardings: how the constrained leaves lie on a mesh whose axes are not of type Explicit, for the kernels: one
-        `NamedSharding` of them all, or a tree of them like the parameters, as in `jax.jit(..., in_shardings=...)`.
-        Without it, programs for several devices use no kernels on such a mesh.
+      kernels: `"auto"` takes lines 5 to 7 of small matrices (up to 64 entries; on GPU 32, or 12 with a Stiefel
+        manifold) by Pallas kernels where the program is compiled for a TPU or an NVIDIA GPU; `"xla"` takes none;
+        `"pallas"` raises an error, with path and reason, for a constrained leaf that has none.
+      shardings: how the constrained leaves lie on a mesh whose axes are not of type Explicit, which the kernels have to
+        know in a program for several devices: one `NamedSharding` for all of them, or a tree of them like the
+        parameters, as in `jax.jit(..., in_shardings=...)`. Without it, or `share_out`, such a program has no kernels.
       **old: keywords of version 0.1, which warn; see `rescale`.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense; where the program
+        is lowered, for a leaf without the kernels that `kernels="pallas"` asks for.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1.
@@ -155,8 +156,9 @@ def fgsgd(
         rated: Any = rate.update((directions, one), state.rate)
         (moved, factor), rate_state = rated
 
-        # Behind `automatic` explicit axes are so no more.
-        places = known_shardings(call.constrained, shardings)
+        # Inside `automatic` the axes of a mesh have no types that tell.
+        everywhere = None if share_out is None else NamedSharding(share_out, PartitionSpec())
+        places = known_shardings(call.constrained, everywhere if shardings is None else shardings)
         points, gradients = call.constrained, {path: call.leaves[path] for path in call.plan.collections}
         own = None if buffers is None else {path: buffers[path] for path in points}
         options = Options(factor, 0.0 if momentum is None else momentum, rho, curvature, weight_decay)
