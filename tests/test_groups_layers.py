@@ -1,11 +1,13 @@
 """Stacks of layers: what `layers=k` says of a tensor is what would be said of its layers one by one."""
 
 import einops
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fgsgd_jax as fg
+from fgsgd_jax.groups import by_path
 
 THREE = [fg.Sphere(), fg.Oblique(), fg.Stiefel()]
 MEMBER = np.array([[0, 1, 2], [1, 0, 0]])
@@ -144,3 +146,106 @@ def test_layers_is_a_number_of_axes(layers):
 def test_axes_are_left_for_a_layer(shape):
     with pytest.raises(ValueError, match=r"w .*layers=2"):
         fg.plan({"w": jnp.zeros(shape)}, [("w", fg.Each(fg.Sphere(), layers=2))])
+
+
+# --- what is computed of a stack
+
+RULES = {
+    "slices": ((3, 3, 4, 6), lambda **k: fg.PIO([*THREE, fg.Euclidean()], **k)),
+    "neurons": ((8, 6), lambda **k: fg.Whole(fg.Sphere(), view="neurons", **k)),
+    "heads": ((8, 2, 4), lambda **k: fg.PO([fg.Stiefel(), fg.Oblique()], view="heads", **k)),
+}
+
+
+def stacks_and_layers(scale=1.0):
+    """Stacks of (2, 3) and 3 layers drawn on their manifolds; the same layers in lists; and both plans."""
+    lengths = {"slices": (2, 3), "neurons": (3,), "heads": (3,)}
+    params = {name: jnp.zeros((*lengths[name], *shape)) for name, (shape, _) in RULES.items()}
+    plan = fg.plan(params, [(name, scheme(layers=len(lengths[name]))) for name, (_, scheme) in RULES.items()])
+    params = jax.tree.map(lambda x: scale * x, fg.initialize(jax.random.key(0), params, plan))
+    lists = {name: apart(params[name], len(lengths[name])) for name in RULES}
+    return params, plan, lists, fg.plan(lists, [(f"{name}/*", scheme()) for name, (_, scheme) in RULES.items()])
+
+
+def apart(x, axes):
+    return [apart(part, axes - 1) for part in x] if axes else x
+
+
+def by_layer(found, plan):
+    """What was found of a stack by the paths that its layers have in lists."""
+    return {
+        "/".join([path, *map(str, index)]): (value, index, path)
+        for path, value in found.items()
+        for index in np.ndindex(plan[path].layers)
+    }
+
+
+def radii_of_matrices(plan):
+    return {path: 0.5 + jnp.arange(float(plan[path].member.size)).reshape(plan[path].member.shape) for path in plan}
+
+
+def numbers_of_groups(collection, index):
+    group = collection.group[index]
+    return slice(group.min(), group.max() + 1)
+
+
+def test_a_stack_is_drawn_as_its_layers_one_by_one():
+    params, plan, lists, alone = stacks_and_layers()
+    drawn = fg.initialize(jax.random.key(0), jax.tree.map(jnp.zeros_like, lists), alone)
+    for path, (stack, index, _) in by_layer(params, plan).items():
+        np.testing.assert_allclose(by_path(drawn)[path], stack[index], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("radii", [None, "fitted", "given"])
+def test_nearest_of_a_stack_is_that_of_its_layers(radii):
+    params, plan, lists, alone = stacks_and_layers(1.7)
+    given = radii_of_matrices(plan)
+    of_lists = {path: value[index] for path, (value, index, _) in by_layer(given, plan).items()}
+    found = fg.nearest(params, plan, given if radii == "given" else radii)
+    expected = by_path(fg.nearest(lists, alone, of_lists if radii == "given" else radii))
+    for path, (stack, index, _) in by_layer(found, plan).items():
+        np.testing.assert_allclose(stack[index], expected[path], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("radii", [False, True])
+def test_norms_of_a_stack_are_those_of_its_layers(radii):
+    params, plan, lists, alone = stacks_and_layers()
+    given = radii_of_matrices(plan)
+    of_lists = {path: value[index] for path, (value, index, _) in by_layer(given, plan).items()}
+    found, expected = (
+        fg.norms(params, plan, given if radii else None),
+        fg.norms(lists, alone, of_lists if radii else None),
+    )
+    assert list(found) == list(plan)
+    for path, (stack, index, name) in by_layer(found, plan).items():
+        numbers = numbers_of_groups(plan[name], index)
+        jax.tree.map(
+            lambda a, b, own=numbers: np.testing.assert_allclose(a[own], b, rtol=1e-12),
+            stack.groups,
+            expected[path].groups,
+        )
+        jax.tree.map(
+            lambda a, b, at=index: np.testing.assert_allclose(a[at], b, rtol=1e-12), stack.layer, expected[path].layer
+        )
+
+
+def test_certificates_of_a_stack_are_those_of_its_layers():
+    params, plan, lists, alone = stacks_and_layers(1.7)
+    found, expected = fg.certify(params, plan), fg.certify(lists, alone)
+    assert found.groups == expected.groups
+    assert found.holds == expected.holds
+    for path, (statements, index, name) in by_layer(found.statements, plan).items():
+        own = numbers_of_groups(plan[name], index)
+        assert found.manifolds[name][own] == expected.manifolds[path]
+        for stack, layer in zip(statements, expected.statements[path], strict=True):
+            np.testing.assert_array_equal(stack.upper[own], layer.upper)
+            np.testing.assert_array_equal(stack.holds[own], layer.holds)
+
+
+def test_generalization_bounds_count_the_layers_of_a_stack():
+    params, plan, lists, alone = stacks_and_layers()
+    for delta in ("measured", "bound"):
+        found = fg.generalization_bounds(params, plan, 1000, delta=delta)
+        expected = fg.generalization_bounds(lists, alone, 1000, delta=delta)
+        np.testing.assert_allclose(found.layers, expected.layers, rtol=1e-10)
+        np.testing.assert_allclose(found.groups, expected.groups, rtol=1e-10)

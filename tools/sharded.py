@@ -226,6 +226,9 @@ def early(kind, optimizer, *paths):
             "exchanged": exchanged(expected),
             "others": {name: exchanged(text) for name, text in texts.items()},
             "same": {name: text == expected for name, text in texts.items()},
+            "devices": sorted(
+                {len(x.sharding.device_set) for x in jax.tree.leaves(OPTIMIZERS[optimizer](later).init(params))}
+            ),
         }
 
 
@@ -278,9 +281,8 @@ def checkpoint():
             fresh = on_one_device(tensors(0)) if mesh is None else placed(tensors(0), mesh, LAYOUTS["fully"])
             here = fg.plan(fresh, RULES)
             fresh = fg.initialize(jax.random.key(3), fresh, here)
-            # A step places the state's leaves as every later step leaves them.
             goal = on_one_device(tensors(1)) if mesh is None else placed(tensors(1), mesh, LAYOUTS["fully"])
-            like = stepper(make(here), goal)(fresh, make(here).init(fresh))
+            like = fresh, make(here).init(fresh)
             template = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(enumerate_named(jax.tree.leaves(like))))
             saved = checkpointer.restore(folder + "/state", template)
             restored = jax.tree.unflatten(structure, list(saved.values()))

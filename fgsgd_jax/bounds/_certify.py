@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import einops
 import numpy as np
 from jaxtyping import Bool, Float64
 
@@ -162,17 +161,17 @@ def certify(params: Any, plan: Plan, tolerance: float = 0.0) -> Certificate:
 
 
 def _enclosed(stack: LayerStack, tensors: list[np.ndarray]) -> list[Interval]:
-    """Intervals of the three norms, each `[layers, groups]`."""
-    view, layers = stack.bucket.view, len(tensors)
+    """Intervals of the three norms, each `[paths, groups]`."""
+    view, count = stack.bucket.view, len(tensors)
     *_, rows, columns = view.grid
-    grids = [einops.rearrange(tensor, view.pattern, **dict(view.sizes)) for tensor in tensors]
+    grids = [view.split(tensor) for tensor in tensors]
     matrices = np.concatenate([np.stack(grids).reshape(-1, rows, columns), np.zeros((1, rows, columns))])
-    result = [Interval(*np.zeros((2, layers * stack.bucket.num_groups))) for _ in Norms._fields]
+    result = [Interval(*np.zeros((2, count * stack.bucket.num_groups))) for _ in Norms._fields]
     for numbers, members in concatenations(stack):
         side_by_side = np.moveaxis(matrices[members], -3, -2).reshape(len(members), rows, -1)
         for interval, of in zip(result, (enclosed_frobenius, enclosed_spectral, enclosed_two_to_one), strict=True):
             interval.lower[numbers], interval.upper[numbers] = of(side_by_side)
-    return [Interval(*(bound.reshape(layers, -1) for bound in interval)) for interval in result]
+    return [Interval(*(bound.reshape(count, -1) for bound in interval)) for interval in result]
 
 
 def _names(collection: Collection) -> tuple[str, ...]:

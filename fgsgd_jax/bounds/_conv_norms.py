@@ -102,7 +102,8 @@ def conv_norms(
         else:
             raise ValueError(
                 f"{path} has shape {leaf.shape} and no geometry: give it one, as in "
-                f"geometries={{{path!r}: ConvGeometry((32, 32))}}, or leave it out of params"
+                f"geometries={{{path!r}: ConvGeometry((32, 32))}}, or leave it out of params; of a stack, give the "
+                f"layers one by one, as in {{f'{path}/{{n}}': layer for n, layer in enumerate(stack)}}"
             )
     return result
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from ..groups import Plan, Radii, by_path
+from ..groups import Collection, Plan, Radii, by_path
 from ._conv_norms import Scales, conv_norms, scaled_kernel
 from ._geometry import ConvGeometry
 from ._norms import norms as norms_of
@@ -148,8 +148,11 @@ def generalization_bounds(
     leaves = by_path(params)
     found = norms_of(params, plan, radii)
     widest = width or max((max(leaves[path].shape[-2:]) for path in found), default=1)
-    layers = table1([getattr(norms.layer, delta) for norms in found.values()], samples, widest)
-    groups = table1([getattr(norms.groups, delta) for norms in found.values()], samples, widest)
+    pairs = [(plan[path], norms) for path, norms in found.items()]
+    layers = table1([part for _, own in pairs for part in _layers(getattr(own.layer, delta))], samples, widest)
+    groups = table1(
+        [part for stack, own in pairs for part in _groups(getattr(own.groups, delta), stack)], samples, widest
+    )
     if isinstance(data, int):
         return GeneralizationBounds(layers, groups, None, math.nan, math.nan)
     margin = float(np.quantile(data.margins, margin_share, method="inverted_cdf"))
@@ -172,6 +175,22 @@ def table1(norms: Sequence[Norms], samples: int, width: int) -> LogBounds:
         bartlett_2017=_log_complexity(spectral, two_to_one, 2 / 3) - root,
         neyshabur_2018=_log_complexity(spectral, frobenius, 2.0) - root + math.log(max(depth, 1)) + math.log(width) / 2,
     )
+
+
+def _layers(norms: Norms) -> list[Norms]:
+    """The norms of every layer of a stack, or of the one layer."""
+    flat = (np.asarray(norm).ravel() for norm in norms)
+    return [Norms(*values) for values in zip(*flat, strict=True)]
+
+
+def _groups(norms: Norms, collection: Collection | None) -> list[Norms]:
+    """The norms of the groups of every layer of a stack, or of the one layer."""
+    if collection is None or not collection.layers:
+        return [norms]
+    # Their numbers run on from layer to layer.
+    inner = collection.group.reshape(-1, math.prod(collection.view.grid[:2])).max(axis=1)[:-1] + 1
+    parts = (np.split(np.asarray(norm), inner) for norm in norms)
+    return [Norms(*values) for values in zip(*parts, strict=True)]
 
 
 class Operator(NamedTuple):

@@ -1,6 +1,7 @@
 """Norms of groups and layers, beside what bounds them."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,11 @@ class NormTable(NamedTuple):
 
 
 class LayerNorms(NamedTuple):
-    """The norms of one weight: of its groups (arrays of one number per group), and of the whole layer (scalars)."""
+    """The norms of one weight: of its groups (arrays of one number per group), and of the whole layer (scalars).
+
+    Of a stack of layers, the groups are those of all its layers, as its collection numbers them, and `layer` has arrays
+    of one number per layer.
+    """
 
     groups: NormTable
     layer: NormTable
@@ -49,7 +54,8 @@ def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Laye
     Args:
       params: the parameters.
       plan: the plan of these parameters. Weights that it leaves free are one Euclidean group each: the matrix of all
-        axes but the last by the last. What has a single axis (biases, scales) is left out.
+        axes but the last by the last, so give a stack of free layers the scheme `Whole(Euclidean(), layers=1)`. What
+        has a single axis (biases, scales) is left out.
       radii: of the manifolds: None for the plan's γ, or `fg.radii(opt_state)` for those of a training.
 
     Returns:
@@ -87,7 +93,6 @@ def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Laye
 
 
 def _radii(stack: LayerStack, radii: Radii | None, dtype: jnp.dtype) -> Array:
-    grid = stack.bucket.view.grid[:2]
     if radii is None or not any(collection.constrained for collection in stack.collections):
         given: list = [collection.gamma for collection in stack.collections]
     else:
@@ -96,7 +101,7 @@ def _radii(stack: LayerStack, radii: Radii | None, dtype: jnp.dtype) -> Array:
                 f"radii has no entry for {missing[0]!r}: pass fg.radii(opt_state) of a state made by this plan"
             )
         given = [radii[path] for path in stack.bucket.paths]
-    return jnp.stack([jnp.broadcast_to(jnp.asarray(radius, dtype), grid) for radius in given])
+    return jnp.stack([jnp.broadcast_to(jnp.asarray(radius, dtype), stack.bucket.grid) for radius in given])
 
 
 def _known(of_manifold, stack: LayerStack) -> Float[np.ndarray, "kinds norms"]:
@@ -108,8 +113,9 @@ def _known(of_manifold, stack: LayerStack) -> Float[np.ndarray, "kinds norms"]:
 
 @functools.partial(jax.jit, static_argnames="num_groups")
 def _of_bucket(x, radius, kind, unit, entry, groups, num_groups) -> tuple[Array, Array]:
-    """Measured norms, bounds and entries, three each: of groups `[layers, groups, 9]` and of layers `[layers, 9]`."""
-    layers, rows, columns = x.shape[0], *x.shape[-2:]
+    """Measured norms, bounds and entries, three each: of groups `[paths, groups, 9]` and of `[paths, *layers, 9]`."""
+    stack, rows, columns = x.shape[:-4], *x.shape[-2:]
+    layers = math.prod(stack)
     matrices = x.reshape(-1, rows, columns)
     radius, kind = radius.reshape(-1, 1), jnp.asarray(kind).ravel()
     unit, entry = (jnp.asarray(known, x.dtype)[kind] for known in (unit, entry))
@@ -127,13 +133,13 @@ def _of_bucket(x, radius, kind, unit, entry, groups, num_groups) -> tuple[Array,
     filled = jnp.concatenate([matrices, jnp.zeros((1, rows, columns), x.dtype)])
     filled_unit = jnp.pad(unit, ((0, 1), (0, 0)))
     filled_entry = jnp.pad(entry, ((0, 1), (0, 0)), constant_values=_NONE)
-    of_groups = jnp.zeros((layers * num_groups, 9), x.dtype)
+    of_groups = jnp.zeros((stack[0] * num_groups, 9), x.dtype)
     for numbers, members in groups:
         side_by_side = jnp.moveaxis(filled[members], -3, -2).reshape(len(members), rows, -1)
         of_groups = of_groups.at[numbers].set(summary(side_by_side, filled_unit[members], filled_entry[members]))
     side_by_side = jnp.moveaxis(x.reshape(layers, -1, rows, columns), 1, 2).reshape(layers, rows, -1)
     of_layers = summary(side_by_side, unit.reshape(layers, -1, 3), entry.reshape(layers, -1, 3))
-    return of_groups.reshape(layers, num_groups, 9), of_layers
+    return of_groups.reshape(stack[0], num_groups, 9), of_layers.reshape(*stack, 9)
 
 
 @jax.jit

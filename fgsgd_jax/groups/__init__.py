@@ -28,8 +28,11 @@ from ._trace import Trace as Trace
 from ._views import View as View
 from ._weights import (
     Radii as Radii,
+    check_scales as check_scales,
     checked_leaves as checked_leaves,
     initialize as initialize,
+    is_scale as is_scale,
     nearest as nearest,
     violation as violation,
+    with_radius as with_radius,
 )

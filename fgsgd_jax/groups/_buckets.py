@@ -85,6 +85,8 @@ class Bucket:
 
 def buckets(plan: Plan) -> tuple[Bucket, ...]:
     """The buckets of a plan's collections. Static: the same for all seeds."""
+    if plan._buckets is not None:
+        return plan._buckets
     found: dict[tuple, list[str]] = {}
     for path, collection in plan.collections.items():
         key = (
@@ -97,7 +99,8 @@ def buckets(plan: Plan) -> tuple[Bucket, ...]:
             len(collection.manifolds),
         )
         found.setdefault(key, []).append(path)
-    return tuple(Bucket(tuple(sorted(paths)), *key) for key, paths in found.items())
+    plan._buckets = tuple(Bucket(tuple(sorted(paths)), *key) for key, paths in found.items())
+    return plan._buckets
 
 
 def widest(dtypes: Iterable[jnp.dtype]) -> jnp.dtype:
@@ -114,9 +117,9 @@ def names_of(plan: Plan) -> tuple[dict[str, tuple[()]], ...]:
     return tuple(dict.fromkeys(bucket.paths, ()) for bucket in buckets(plan))
 
 
-def kinds_of(plan: Plan) -> Stacks:
-    """The index in `kinds` of every matrix; () in a bucket of one kind."""
-    return _stacks(plan, lambda bucket, collection: collection.kind if len(bucket.kinds) > 1 else None)
+def kinds_of(plan: Plan, layout: Iterable[Bucket] | None = None) -> Stacks:
+    """The index in `kinds` of every matrix; () in a bucket of one kind. `layout`: other buckets than the plan's."""
+    return _stacks(plan, lambda bucket, collection: collection.kind if len(bucket.kinds) > 1 else None, layout)
 
 
 def groups_of(plan: Plan) -> Stacks:
@@ -143,7 +146,7 @@ def groups_of(plan: Plan) -> Stacks:
     return _stacks(plan, of)
 
 
-def gammas(plan: Plan, leaves: dict[str, Any]) -> Stacks:
+def gammas(plan: Plan, leaves: dict[str, Any], layout: Iterable[Bucket] | None = None) -> Stacks:
     """γ of every matrix, in the dtype of constraint arithmetic; float32 if there are no leaves."""
 
     def of(bucket: Bucket, collection: Collection) -> np.ndarray:
@@ -151,12 +154,16 @@ def gammas(plan: Plan, leaves: dict[str, Any]) -> Stacks:
         gamma = np.asarray(collection.gamma, widest([*dtypes, jnp.dtype(jnp.float32)]))
         return np.broadcast_to(gamma, collection.member.shape)
 
-    return _stacks(plan, of)
+    return _stacks(plan, of, layout)
 
 
-def _stacks(plan: Plan, of: Callable[[Bucket, Collection], np.ndarray | None]) -> Stacks:
+def _stacks(
+    plan: Plan,
+    of: Callable[[Bucket, Collection], np.ndarray | None],
+    layout: Iterable[Bucket] | None = None,
+) -> Stacks:
     stacks = []
-    for bucket in buckets(plan):
+    for bucket in buckets(plan) if layout is None else layout:
         parts = [part for path in bucket.paths if (part := of(bucket, plan.collections[path])) is not None]
         stacks.append(jnp.asarray(np.stack(parts)) if parts else ())
     return tuple(stacks)

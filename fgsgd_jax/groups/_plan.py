@@ -59,6 +59,8 @@ class Plan:
         self.order = order
         # The tree of the parameters with their paths for leaves.
         self._names = names
+        # Kept by `buckets`: every line of a step asks for them.
+        self._buckets: Any = None
 
     def __getitem__(self, path: str) -> Collection | None:
         """The collection of the parameter at `path`; None if it is unconstrained."""

@@ -7,6 +7,7 @@ import math
 import re
 
 import einops
+import numpy as np
 from jaxtyping import Array, Float
 
 # The patterns of the named views by number of axes. "heads" is decided by the lengths of the axes, too.
@@ -145,7 +146,9 @@ class View:
         inputs, outputs, *_ = _axes(self.pattern.split("->")[1], self.pattern)
         return not inputs or not outputs
 
-    def split(self, x: Float[Array, "..."]) -> Float[Array, "*batch inputs outputs rows cols"]:
+    def split(
+        self, x: Float[Array | np.ndarray, "..."]
+    ) -> Float[Array | np.ndarray, "*batch inputs outputs rows cols"]:
         """The grid of matrices of a tensor."""
         left, right = self.pattern.split("->")
         return einops.rearrange(x, f"... {left} -> ... {right}", **dict(self.sizes))

@@ -1,9 +1,11 @@
 """Putting weights on their manifolds, and measuring how well they lie there."""
 
+import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..linalg import largest, squared_norm
-from ..manifolds import Euclidean, Mixture
+from ..linalg import largest, norm, squared_norm
+from ..manifolds import Euclidean, Mixture, compute_dtype
 from ._as_plan import Rules, as_plan
 from ._automatic import automatic
 from ._buckets import Bucket, buckets, gammas, kinds_of
-from ._paths import by_path, from_paths
-from ._plan import Plan
+from ._collection import Collection
+from ._paths import from_paths
+from ._plan import Plan, array_leaves
 
 Radii = dict[str, Float[Array, "*layers inputs outputs"]]
 
@@ -30,14 +33,16 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan | Rules) -> Any:
 
     Args:
       key: a JAX random key.
-      params: the parameters, for their structure, shapes, dtypes and the Euclidean weights.
+      params: the parameters, for their structure, shapes, dtypes and the Euclidean weights. An array that stands at two
+        paths is two parameters and is drawn twice, as it would be trained twice: share weights in the model.
       plan: the plan of these parameters, or its rules.
 
     Returns:
-      Parameters of the same structure.
+      Parameters of the same structure, all in buffers of their own.
 
     Raises:
       ValueError: parameters that are not those of the plan.
+      TypeError: a parameter without numbers, such as a `jax.ShapeDtypeStruct`.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1, line 2 and eq. 2.
@@ -52,14 +57,15 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan | Rules) -> Any:
       True
     """
     plan = as_plan(plan, params)
-    leaves = checked_leaves(params, plan)
-    for bucket, kind, gamma in _buckets(plan, leaves):
-        own = _of_bucket(bucket, leaves)
-        hashes = np.array([[zlib.crc32(name.encode()) for name in bucket.layer_names(path)] for path in bucket.paths])
-        leaves |= automatic(
-            functools.partial(_uniform, bucket), key, hashes.astype(np.uint32), kind, gamma, own, like=own
+    leaves, found = checked_leaves(params, plan), {}
+    for part in _parts(plan, leaves):
+        names = [part.bucket.layer_names(path) for path in part.paths]
+        hashes = np.array([[zlib.crc32(name.encode()) for name in own] for own in names]).astype(np.uint32)
+        drawn = automatic(
+            functools.partial(_uniform, part.bucket), key, hashes, part.kind, part.gamma, part.leaves, like=part.leaves
         )
-    return from_paths(_placed(leaves, params), params)
+        found |= part.by_path(drawn)
+    return _placed(found, leaves, params)
 
 
 def nearest(params: Any, plan: Plan | Rules, radii: Radii | Literal["fitted"] | None = None) -> Any:
@@ -74,10 +80,12 @@ def nearest(params: Any, plan: Plan | Rules, radii: Radii | Literal["fitted"] | 
         radius of each matrix's own scale (the least-squares fit of the manifold to it).
 
     Returns:
-      Parameters of the same structure; Euclidean and unconstrained ones as they are.
+      Parameters of the same structure, in buffers of their own; Euclidean and unconstrained ones have the same values.
 
     Raises:
-      ValueError: parameters that are not those of the plan, or radii without an entry.
+      ValueError: parameters that are not those of the plan, radii without an entry, or, outside jit, a matrix of zeros
+        where its own scale is asked for (in jit it stays zero, and `fg.metrics` counts it in the optimizer's state).
+      TypeError: a parameter without numbers, such as a `jax.ShapeDtypeStruct`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,12 +98,15 @@ def nearest(params: Any, plan: Plan | Rules, radii: Radii | Literal["fitted"] | 
       2.0
     """
     plan = as_plan(plan, params)
-    leaves = checked_leaves(params, plan)
-    for bucket, kind, gamma in _buckets(plan, leaves):
-        radius = _radii(radii, bucket, gamma)
-        own = _of_bucket(bucket, leaves)
-        leaves |= automatic(functools.partial(_nearest, bucket), kind, radius, own, like=own)
-    return from_paths(_placed(leaves, params), params)
+    leaves, found = checked_leaves(params, plan), {}
+    if radii == "fitted":
+        check_scales(plan, leaves)
+    for part in _parts(plan, leaves):
+        radius = _radii(radii, part)
+        found |= part.by_path(
+            automatic(functools.partial(_nearest, part.bucket), part.kind, radius, part.leaves, like=part.leaves)
+        )
+    return _placed(found, leaves, params)
 
 
 def violation(
@@ -128,19 +139,18 @@ def violation(
     """
     plan = as_plan(plan, params)
     leaves, result = checked_leaves(params, plan), {}
-    for bucket, kind, gamma in _buckets(plan, leaves):
-        if all(isinstance(manifold, Euclidean) for manifold in bucket.kinds):
+    for part in _parts(plan, leaves):
+        if all(isinstance(manifold, Euclidean) for manifold in part.bucket.kinds):
             continue
-        radius = _radii(radii, bucket, gamma)
-        own, like = _of_bucket(bucket, leaves), jnp.zeros(len(bucket.paths))
-        found = automatic(functools.partial(_violation, bucket), kind, radius, own, like=like)
-        result |= dict(zip(bucket.paths, found, strict=True))
+        radius, like = _radii(radii, part), jnp.zeros(len(part.paths))
+        found = automatic(functools.partial(_violation, part.bucket), part.kind, radius, part.leaves, like=like)
+        result |= dict(zip(part.paths, found, strict=True))
     return {path: result[path] for path in plan.collections if path in result}
 
 
 def checked_leaves(params: Any, plan: Plan) -> dict[str, Any]:
     """The leaves by path, arrays of JAX or NumPy, if they are those of the plan."""
-    leaves = by_path(params)
+    leaves = array_leaves(params)
     for path in dict.fromkeys([*plan, *leaves]):
         if path not in leaves:
             raise ValueError(f"the plan has a parameter {path!r} that these parameters lack: make the plan from them")
@@ -150,43 +160,107 @@ def checked_leaves(params: Any, plan: Plan) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: its shape is {leaves[path].shape}, the plan was made for {plan.entries[path].shape}"
             )
+        if isinstance(leaves[path], jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{path}: the numbers of the parameters are needed, this is {leaves[path]}; to find shapes alone, "
+                "trace the call, as in jax.eval_shape(lambda params: fg.initialize(key, params, plan), params)"
+            )
     return leaves
 
 
-def _buckets(plan: Plan, leaves: dict[str, Array]) -> Iterator[tuple[Bucket, Array | None, Array]]:
-    """The buckets of a plan with the kinds and γ of their matrices [paths, *layers, inputs, outputs]."""
-    for bucket, kind, gamma in zip(buckets(plan), kinds_of(plan), gammas(plan, leaves), strict=True):
-        yield bucket, kind if len(bucket.kinds) > 1 else None, gamma
+def check_scales(plan: Plan, leaves: dict[str, Any]) -> None:
+    """Raises for a matrix of zeros, which has no scale of its own; under jit nothing can be said."""
+    if any(isinstance(leaves[path], (Tracer, jax.ShapeDtypeStruct)) for path in plan.collections):
+        return
+    with jax.ensure_compile_time_eval():
+        for part in _parts(plan, leaves):
+            zero = functools.partial(_without_scale, part.bucket)
+            found = np.asarray(automatic(zero, part.kind, part.leaves, like=jnp.zeros(len(part.paths), bool)))
+            for path in itertools.compress(part.paths, found):
+                place = _first_without_scale(plan.collections[path], leaves[path])
+                raise ValueError(
+                    f"{path}: its matrix {place} is zero or not finite, so it has no scale of its own to fit a radius "
+                    f"to, and radius 0 would keep it there. Leave the parameter free by a rule ({path!r}, None) before "
+                    "the others, or start it elsewhere: draw this leaf with fg.initialize(key, params, plan)"
+                )
 
 
-def _placed(leaves: dict[str, Array], like: Any) -> dict[str, Array]:
-    """The leaves shared out as those of `like` are: a compiled program may choose anew."""
+def _first_without_scale(collection: Collection, leaf: Array) -> str:
+    """The place of the first matrix that has no scale, in words."""
+    matrices = collection.view.split(np.asarray(leaf).astype(np.float64))
+    free = [isinstance(kind, Euclidean) for kind in collection.kinds]
+    norms = np.where(np.array(free)[collection.kind], 1, np.linalg.norm(matrices, axis=(-2, -1)))
+    *layers, row, column = (int(index) for index in np.argwhere(~is_scale(norms, compute_dtype(leaf.dtype)))[0])
+    stack = f"of layer {'/'.join(map(str, layers))} " if layers else ""
+    return f"{stack}at input {row}, output {column} of the grid"
 
-    def placed(leaf, before):
-        sharding = None if isinstance(before, Tracer) else getattr(before, "sharding", None)
+
+class _Part(NamedTuple):
+    """Some parameters of a bucket, which itself has numbers for paths: its parts share their compiled programs."""
+
+    bucket: Bucket
+    paths: tuple[str, ...]
+    kind: Array | None
+    gamma: Array
+    leaves: dict[str, Array]
+
+    def by_path(self, numbered: dict[str, Array]) -> dict[str, Array]:
+        """The tensors that the programs made."""
+        return {path: numbered[number] for number, path in zip(self.bucket.paths, self.paths, strict=True)}
+
+
+# So many parameters are handled by one program: the time to compile it grows with them.
+_PARAMETERS = 32
+
+
+def _parts(plan: Plan, leaves: dict[str, Array]) -> Iterator[_Part]:
+    """The weights of a plan by shape and structure, a few at a time."""
+    layout = []
+    for bucket in buckets(plan):
+        count = len(bucket.paths)
+        size = -(-count // -(-count // _PARAMETERS))
+        # The last part is filled up with its last parameter, so that all are of one size.
+        paths = bucket.paths + bucket.paths[-1:] * (-count % size)
+        starts = range(0, len(paths), size)
+        layout += [dataclasses.replace(bucket, paths=paths[start : start + size]) for start in starts]
+    for bucket, kind, gamma in zip(layout, kinds_of(plan, layout), gammas(plan, leaves, layout), strict=True):
+        numbers = tuple(map(str, range(len(bucket.paths))))
+        own = {number: leaves[path] for number, path in zip(numbers, bucket.paths, strict=True)}
+        numbered = dataclasses.replace(bucket, paths=numbers)
+        yield _Part(numbered, bucket.paths, kind if len(bucket.kinds) > 1 else None, gamma, own)
+
+
+def _placed(found: dict[str, Array], before: dict[str, Array], like: Any) -> Any:
+    """The tree of `like` with what was found, shared out as before: a compiled program may choose anew.
+
+    Free leaves are copied: whoever donates the parameters and the result must not hand in a buffer twice.
+    """
+
+    def placed(path: str) -> Any:
+        leaf, given = found.get(path, before[path]), before[path]
+        if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
+            return leaf
+        if leaf is given:
+            return leaf.copy()
+        sharding = None if isinstance(given, Tracer) else getattr(given, "sharding", None)
         spread = sharding is not None and len(sharding.device_set) > 1
-        return jax.device_put(leaf, sharding) if spread and not isinstance(leaf, Tracer) else leaf
+        return jax.device_put(leaf, sharding) if spread else leaf
 
-    before = by_path(like)
-    return {path: placed(leaf, before[path]) for path, leaf in leaves.items()}
-
-
-def _of_bucket(bucket: Bucket, leaves: dict[str, Array]) -> dict[str, Array]:
-    return {path: leaves[path] for path in bucket.paths}
+    return from_paths({path: placed(path) for path in before}, like)
 
 
-def _radii(radii: Radii | str | None, bucket: Bucket, gamma: Array) -> Array | None:
-    """The radii of a bucket's matrices; None for those fitted to the weights."""
+def _radii(radii: Radii | str | None, part: _Part) -> Array | None:
+    """The radii of a part's matrices; None for those fitted to the weights."""
     if radii is None or isinstance(radii, str):
-        return None if radii else gamma
-    if missing := [path for path in bucket.paths if path not in radii]:
+        return None if radii else part.gamma
+    if missing := [path for path in part.paths if path not in radii]:
         raise ValueError(
             f"radii has no entry for {missing[0]!r}: pass fg.radii(opt_state) of a state made by this plan"
         )
-    return jnp.stack([jnp.broadcast_to(jnp.asarray(radii[path]), bucket.grid) for path in bucket.paths])
+    return jnp.stack([jnp.broadcast_to(jnp.asarray(radii[path]), part.bucket.grid) for path in part.paths])
 
 
-# One program per bucket, with the stacking inside: run one by one, its slices are compiled one by one.
+# One program per part, with the stacking inside: run one by one, its slices are compiled one by one.
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -211,6 +285,25 @@ def _nearest(bucket: Bucket, kind, radius, leaves):
     length = jnp.sum(x * y, axis=(-2, -1)) / jnp.maximum(squared_norm(y), jnp.finfo(x.dtype).tiny)
     free = Mixture(bucket.kinds, kind).constrained(jnp.ones_like(unit)) == 0
     return bucket.tensors(jnp.where(free[..., None, None], x, length[..., None, None] * y), leaves)
+
+
+def is_scale(length: Any, dtype: Any) -> Any:
+    """Whether a length can be a radius: its square is far from zero, and finite."""
+    info = jnp.finfo(dtype)
+    return (length > 2**10 * float(info.tiny) ** 0.5) & (length < float(info.max) ** 0.5)
+
+
+def with_radius(radius: Array) -> Array:
+    """Fitted radii, next to nothing where there is none: a division by zero would make NaN of the weight."""
+    return jnp.where(is_scale(radius, radius.dtype), radius, float(jnp.finfo(radius.dtype).tiny) ** 0.5)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _without_scale(bucket: Bucket, kind, leaves):
+    x = bucket.matrices(leaves)
+    length = norm(x, (-2, -1))
+    on = Mixture(bucket.kinds, kind).constrained(jnp.ones_like(length)) > 0
+    return jnp.any(bucket.by_path(on & ~is_scale(length, x.dtype)), axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

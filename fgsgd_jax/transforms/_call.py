@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from ..groups import Plan, Rules, Stacks, as_plan, buckets, by_path, from_paths, violation
+from ..groups import Plan, Rules, Stacks, as_plan, buckets, by_path, check_scales, from_paths, violation
 from ..manifolds import compute_dtype
 from ._rescaling import InitialRadii
 from ._scale import ScaleState
@@ -53,6 +54,24 @@ class Start(NamedTuple):
     plan: Plan
     leaves: ByPath
 
+    def beside(self, state: Any) -> Any:
+        """The state with what lies on one device put on all those that the parameters are shared out over.
+
+        So a checkpoint that is restored to the places of this state can be stepped from: what is read back is committed
+        to its place, and a program takes no arrays that are committed to different devices.
+        """
+        shardings = [getattr(leaf, "sharding", None) for leaf in self.leaves.values() if not isinstance(leaf, Tracer)]
+        meshes = [own.mesh for own in shardings if isinstance(own, NamedSharding) and own.mesh.size > 1]
+        if not meshes:
+            return state
+        everywhere = NamedSharding(meshes[0], PartitionSpec())
+
+        def put(leaf: Any) -> Any:
+            single = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and len(leaf.sharding.device_set) == 1
+            return jax.device_put(leaf, everywhere) if single else leaf
+
+        return jax.tree.map(put, state)
+
 
 def started(link: str, plan: PlanOrRules, params: Any) -> Start:
     """The plan and leaves of `init`.
@@ -91,6 +110,13 @@ def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
     """The leaves by path, if the weights of the plan's collections are among them, in their shapes."""
     leaves = by_path(tree)
     for path in plan.collections:
+        if path not in leaves and path in by_path(tree, is_leaf=lambda node: node is None):
+            raise ValueError(
+                f"{link}: the {role} have None at {path!r}, which the plan constrains; hand in zeros where there is no "
+                "gradient: jax.tree.map(lambda g, p: jnp.zeros_like(p) if g is None else g, grads, params, "
+                "is_leaf=lambda g: g is None), or leave the parameter free by a rule "
+                f"({path!r}, None) before the others"
+            )
         if path not in leaves:
             raise ValueError(
                 f"{link}: the {role} lack the leaf {path!r}, which the plan constrains; a wrapper that flattens, "
@@ -114,6 +140,8 @@ def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
 def check_on_manifold(link: str, start: Start, params: Any, initial_radii: InitialRadii) -> None:
     """Raises if concrete parameters are off their manifolds; under jit nothing can be said."""
     radii = None if initial_radii == "gamma" else "fitted"
+    if radii and start.leaves:
+        check_scales(start.plan, start.leaves)
     for path, found in _violations(start.plan, start.leaves, params, radii, _OFF_MANIFOLD).items():
         collection = start.plan.collections[path]
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -41,7 +42,8 @@ def fgsgd(
     without a collection get `optax.sgd`. A leaf whose gradient has no finite squared norm is refused, as in `project`.
 
     Args:
-      learning_rate: r_t of eq. 3, a number or a schedule.
+      learning_rate: r_t of eq. 3, a number or a schedule. At rate 0 constrained weights still move, by round-off: they
+        are set to their radius. `optax.freeze` after the optimizer keeps them.
       plan: the plan of the parameters, or its rules.
       momentum: decay of the buffer that accumulates the normalized tangent vectors; None for no buffer. The buffer is
         stored as it is, in the tree of the parameters, and projected at the current point on use.
@@ -98,7 +100,7 @@ def fgsgd(
         check_on_manifold("fg.fgsgd", start, params, initial_radii)
         kinds = kinds_of(start.plan)
         scale = Scale(start.plan, rescaling, initial_radii).init(kinds, start.leaves)
-        return FgsgdState(
+        state = FgsgdState(
             momentum=trace.init(as_momentum(start.plan, params)),
             rate=rate.init(params),
             paths=names_of(start.plan),
@@ -111,6 +113,7 @@ def fgsgd(
             step_ratio=algorithm.no_figure(start.plan, start.leaves),
             refused=algorithm.none_refused(start.plan),
         )
+        return start.beside(state)
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
@@ -186,8 +189,12 @@ def fgsgd(
     def as_momentum(plan: Plan, params: Any) -> Any:
         """The parameters as the momentum buffer has them: constraint arithmetic is never rounded to bfloat16."""
         leaves = by_path(params)
-        wide = {path: leaves[path].astype(compute_dtype(leaves[path].dtype)) for path in plan.collections if leaves}
+        wide = {path: of_dtype(leaves[path], compute_dtype(leaves[path].dtype)) for path in plan.collections if leaves}
         return from_paths(leaves | wide, params)
+
+    def of_dtype(leaf: Any, dtype: Any) -> Any:
+        # Shapes alone are enough to begin with zeros.
+        return leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
 
     def accumulated(steps: ByPath, buffers: ByPath | None, decay: Scalar | None) -> tuple[ByPath, ByPath | None]:
         """The directions of some leaves, and their new momentum."""

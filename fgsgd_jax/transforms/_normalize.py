@@ -48,9 +48,9 @@ def normalize_by_zeta(
     check_options(rho, curvature)
 
     def init(params: Any) -> Any:
-        own, leaves = started("fg.normalize_by_zeta", plan, params)
-        figures = (algorithm.no_figure(own, leaves) for _ in range(2))
-        return NormalizeState(names_of(own), groups_of(own), *figures)
+        start = started("fg.normalize_by_zeta", plan, params)
+        figures = (algorithm.no_figure(*start) for _ in range(2))
+        return start.beside(NormalizeState(names_of(start.plan), groups_of(start.plan), *figures))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args

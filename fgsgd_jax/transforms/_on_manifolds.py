@@ -30,7 +30,8 @@ def on_manifolds(
     gradient has no finite squared norm is refused, as in `project`: `inner` is given zeros.
 
     Args:
-      inner: the optimizer, learning rate included: its updates are meant to be added to the weights.
+      inner: the optimizer, learning rate included: its updates are meant to be added to the weights. Where they are
+        zero constrained weights still move, by round-off: they are set to their radius.
       plan: the plan of the parameters, or its rules.
       rescaling: the options of λ; None for λ = 1.
       initial_radii: of the first epoch; see `rescale`.
@@ -73,7 +74,7 @@ def on_manifolds(
                 "average the weights in the training loop and bring them back with fg.nearest(params, plan)"
             )
         figure, refused = algorithm.no_figure(start.plan, start.leaves), algorithm.none_refused(start.plan)
-        return OnManifoldsState(names_of(start.plan), kinds, *scale, inner_state, figure, refused)
+        return start.beside(OnManifoldsState(names_of(start.plan), kinds, *scale, inner_state, figure, refused))
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         call = called("fg.on_manifolds", plan, updates, params)

@@ -41,8 +41,9 @@ def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
     plan = as_rules(plan)
 
     def init(params: Any) -> Any:
-        own, _ = started("fg.project", plan, params)
-        return ProjectState(names_of(own), kinds_of(own), algorithm.none_refused(own))
+        start = started("fg.project", plan, params)
+        own = start.plan
+        return start.beside(ProjectState(names_of(own), kinds_of(own), algorithm.none_refused(own)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args

@@ -67,9 +67,8 @@ def rescale(
         start = started("fg.rescale", plan, params)
         check_on_manifold("fg.rescale", start, params, initial_radii)
         kinds = kinds_of(start.plan)
-        return RescaleState(
-            names_of(start.plan), kinds, *Scale(start.plan, rescaling, initial_radii).init(kinds, start.leaves)
-        )
+        scale = Scale(start.plan, rescaling, initial_radii).init(kinds, start.leaves)
+        return start.beside(RescaleState(names_of(start.plan), kinds, *scale))
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args

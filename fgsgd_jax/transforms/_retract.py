@@ -45,8 +45,9 @@ def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) ->
     plan = as_rules(plan)
 
     def init(params: Any) -> Any:
-        own, leaves = started("fg.retract", plan, params)
-        return RetractState(names_of(own), kinds_of(own), algorithm.no_figure(own, leaves))
+        start = started("fg.retract", plan, params)
+        state = RetractState(names_of(start.plan), kinds_of(start.plan), algorithm.no_figure(*start))
+        return start.beside(state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ..features import FeatureMoments, is_moments, matrix_moments, merge_moments
-from ..groups import Bucket, Plan, Stacks, automatic, buckets, by_path, gammas
+from ..groups import Bucket, Plan, Stacks, automatic, buckets, by_path, gammas, with_radius
 from ..linalg import norm
 from ..manifolds import Mixture
 from ._algorithm import mixture_of, radii_of
@@ -53,8 +53,14 @@ class Scale:
         """The state at λ = 1; of a tree of placeholders, its structure."""
         radii = gammas(self.plan, leaves)
         if self.initial_radii == "fitted" and leaves:
+            if shapes := [path for path in self.plan.collections if isinstance(leaves[path], jax.ShapeDtypeStruct)]:
+                raise TypeError(
+                    f"{shapes[0]}: initial_radii='fitted' reads the weights, this is {leaves[shapes[0]]}; trace the "
+                    "call, jax.eval_shape(tx.init, params), to find shapes alone"
+                )
             own = {path: leaves[path] for path in self.plan.collections}
-            radii = automatic(functools.partial(radii_of, self.plan), kinds, own, like=radii)
+            fitted = automatic(functools.partial(radii_of, self.plan), kinds, own, like=radii)
+            radii = tuple(map(with_radius, fitted))
         if not self.rescaling.measures:
             return ScaleState(radii, None)
         # No buffer twice: a donated one must not be handed in twice.

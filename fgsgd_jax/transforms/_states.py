@@ -5,13 +5,15 @@ array for each bucket of parameters of one shape. Figures are one array over the
 them: the keys of one dictionary for each bucket, without leaves.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..groups import Stacks
+from ..groups import Stacks, is_scale
 
 ByPath = dict[str, Any]
 Paths = tuple[dict[str, tuple[()]], ...]
@@ -113,6 +115,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""] | float = float("nan")
     step_ratio: Float[Array, ""] | float = float("nan")
     unfed: Int[Array, ""] | float = float("nan")
+    degenerate: Int[Array, ""] | float = float("nan")
 
 
 _STATES = (ProjectState, NormalizeState, RetractState, RescaleState, FgsgdState, OnManifoldsState)
@@ -196,7 +199,9 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
     Returns:
       For each parameter with a collection: the share of its groups with ζ > 1, the largest norm R of a group's
       projected gradient, and the largest ‖v‖_F/s of a constrained matrix. `unfed` is the number of matrices that kept
-      their scale at the last change of λ because no features, or constant ones, reached them. Cheap: they are read.
+      their scale at the last change of λ because no features, or constant ones, reached them. `degenerate` is the
+      number of matrices that never move because there is no radius to give them: `initial_radii="fitted"` of weights
+      that were zero, inside jit, where nothing can be refused. Cheap: they are read.
 
     Raises:
       ValueError: a state of something else.
@@ -219,12 +224,21 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
         )
     figures: dict[str, dict[str, Any]] = {}
     for found in states:
-        paths = _names(found)
-        for source in (found, getattr(found, "lambdas", None)):
-            for name in StepMetrics._fields:
-                if hasattr(source, name):
-                    for path, value in zip(paths, getattr(source, name), strict=True):
-                        figures.setdefault(path, {})[name] = value
+        of_state = [
+            (name, getattr(source, name))
+            for source in (found, getattr(found, "lambdas", None))
+            for name in StepMetrics._fields
+            if hasattr(source, name)
+        ]
+        if hasattr(found, "radii"):
+            stuck = [
+                jnp.sum(~is_scale(radius, radius.dtype), axis=range(1, radius.ndim), dtype=jnp.int32)
+                for radius in found.radii
+            ]
+            of_state.append(("degenerate", itertools.chain(*stuck)))
+        for name, values in of_state:
+            for path, value in zip(_names(found), values, strict=True):
+                figures.setdefault(path, {})[name] = value
     return {path: StepMetrics(**values) for path, values in figures.items()}
 
 
