@@ -76,7 +76,7 @@ def _varying(args: Any) -> Any:
     """The arguments, in `shard_map` of a type that differs between devices where that of any of them does."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return args
-    nothing = sum(jnp.zeros_like(leaf, jnp.float32, shape=()) for leaf in jax.tree.leaves(args))
+    nothing: Any = sum(jnp.zeros_like(leaf, jnp.float32, shape=()) for leaf in jax.tree.leaves(args))
 
     def varied(leaf: Array) -> Array:
         return leaf + nothing.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

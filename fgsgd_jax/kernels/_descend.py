@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from . import _pallas_tpu, _pallas_triton
@@ -34,8 +34,8 @@ class Place(NamedTuple):
     `mesh` is None where it is that of the context.
     """
 
-    mesh: Mesh | None
-    specs: Sequence[PartitionSpec]
+    mesh: Mesh | AbstractMesh | None
+    specs: Sequence[Any]
 
 
 def unserved(
@@ -69,8 +69,7 @@ def descend(
     run = _jitted(platform, "descend", layer)
 
     def out(planes: Planes, spec: PartitionSpec) -> Descended:
-        tensor = _tensor(spec)
-        return Descended(tensor, None if planes.m is None else tensor, PartitionSpec())
+        return Descended(*_results(planes, spec))
 
     return _each(place, lambda axes, scalars, planes: run(scalars, planes), out, scalars, parameters)
 
@@ -99,8 +98,7 @@ def move(
         return moved._replace(ratios=lax.pmax(moved.ratios, axes)) if axes else moved
 
     def out(planes: Planes, spec: PartitionSpec) -> Moved:
-        tensor = _tensor(spec)
-        return Moved(tensor, None if planes.m is None else tensor, PartitionSpec())
+        return Moved(*_results(planes, spec))
 
     return _each(place, one, out, scalars, parameters, inverse_zeta)
 
@@ -167,6 +165,11 @@ def _each(
 
     shared = jax.shard_map(part, mesh=place.mesh, in_specs=tuple(specs), out_specs=out_specs, check_vma=False)
     return jax.tree.unflatten(results, shared(*leaves))
+
+
+def _results(planes: Planes, spec: PartitionSpec) -> tuple[Any, Any, Any]:
+    """How displacements, momentum and figures are shared out."""
+    return _tensor(spec), None if planes.m is None else _tensor(spec), PartitionSpec()
 
 
 def _tensor(spec: PartitionSpec) -> PartitionSpec:

@@ -9,7 +9,7 @@ squared norms and `move` computes the tangent parts again.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,7 +96,8 @@ def descend(layer: LayerType, scalars: Float[Array, "5"], planes: Planes, interp
     grid = (2, blocks) if blocks > 1 else ()
     arrays = {"scalars": scalars} | planes._asdict()
     found = _call("fgsgd_descend", body, grid, arrays, results, specs, scratch, padded, interpret)
-    return Descended(*_turned((found["u"], found.get("m_out")), swapped), found["figures"])
+    displacement, momentum = _turned((found["u"], found.get("m_out")), swapped)
+    return Descended(displacement, momentum, found["figures"])
 
 
 def measure(layer: LayerType, planes: Planes, interpret: bool = False) -> Float[Array, "*layers C D"]:
@@ -121,7 +122,7 @@ def move(
 
 def _by_matrix(
     name: str,
-    kernel: type["_Kernel"],
+    kernel: type["_Measure | _Move"],
     layer: LayerType,
     arrays: dict[str, Array | None],
     results: tuple[str, ...],
@@ -137,7 +138,7 @@ def _by_matrix(
     blocks = pl.cdiv(channels, rows)
     tensor = pl.BlockSpec((None, n, p, rows, width), lambda layer, block: (layer, 0, 0, block, 0))
     values = pl.BlockSpec((None, rows, width), lambda layer, block: (layer, block, 0))
-    specs = dict.fromkeys(("x", "g", "m", "u", "m_out"), tensor)
+    specs: dict[str, Any] = dict.fromkeys(("x", "g", "m", "u", "m_out"), tensor)
     specs |= dict.fromkeys(("kind", "radius", "new_radius", "scale", "squares"), values)
     specs |= dict.fromkeys(("scalars", "ratio"), pl.BlockSpec(memory_space=pltpu.SMEM))
     shapes = {"squares": flat["radius"].shape, "ratio": (1,)}
@@ -165,7 +166,7 @@ def _call(
     grid: tuple[int, ...],
     arrays: dict[str, Array | None],
     results: dict[str, jax.ShapeDtypeStruct],
-    specs: dict[str, pl.BlockSpec],
+    specs: Mapping[str, Any],
     scratch: dict[str, Any],
     wide: int,
     interpret: bool,

@@ -73,10 +73,8 @@ class _Form(NamedTuple):
 
     def unserved(self, bucket: Bucket, step: Step) -> str | None:
         """Why there are no kernels for a bucket; None if there are."""
-        if self.program.is_shared:
-            place = self.place(bucket)
-            if isinstance(place, str):
-                return place
+        if self.program.is_shared and (reason := self.lost(bucket)):
+            return reason
         *grid, n, p = bucket.view.grid
         dtypes = {tree[path].dtype for path in bucket.paths for tree in (step.points, step.gradients)}
         return kernels.unserved(self.platform, self.program, self.layer(bucket), grid, n, p, *dtypes)
@@ -84,24 +82,28 @@ class _Form(NamedTuple):
     def layer(self, bucket: Bucket) -> kernels.LayerType:
         return kernels.LayerType(bucket.kinds, bucket.grouping, bucket.members, self.nesterov)
 
-    def place(self, bucket: Bucket) -> kernels.Place | str | None:
-        """Where a bucket lies in a program for several devices; or why there are no kernels for that."""
-        if not self.program.is_shared:
-            return None
+    def lost(self, bucket: Bucket) -> str | None:
+        """Why kernels cannot take the part of each device; None if they can."""
         if any(path not in self.shardings for path in bucket.paths):
             return (
                 "the program is for several devices, and nothing says how the weights lie on them: give the axes of "
                 "the mesh the type Explicit, or pass shardings="
             )
         own = [self.shardings[path] for path in bucket.paths]
-        specs = [bucket.grid_spec(sharding.spec) for sharding in own]
-        if any(spec is None for spec in specs):
+        if any(bucket.grid_spec(sharding.spec) is None for sharding in own):
             return "entries of one matrix, or parts of several axes of the grid, lie on different devices"
         if len({sharding.mesh for sharding in own}) > 1:
             return "parameters of one shape lie on different meshes"
+        return None
+
+    def place(self, bucket: Bucket) -> kernels.Place | None:
+        """Where a bucket lies in a program for several devices."""
+        if not self.program.is_shared:
+            return None
+        own = [self.shardings[path] for path in bucket.paths]
         # In the context of explicit axes a mesh of automatic ones was made.
         mesh = own[0].mesh if jax.sharding.get_abstract_mesh().empty else None
-        return kernels.Place(mesh, specs)
+        return kernels.Place(mesh, [bucket.grid_spec(sharding.spec) for sharding in own])
 
 
 def _refusal(path: str, reason: str) -> str:
@@ -115,7 +117,8 @@ def _like(plan: Plan, step: Step) -> Any:
     figure = algorithm.no_figure(plan, points)
     figure, refused = (jax.ShapeDtypeStruct(figure.shape, dtype) for dtype in (figure.dtype, bool))
     momentum = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), step.momentum)
-    return Descent(moves, momentum, figure, figure, figure, refused)
+    types: list[Any] = [figure, figure, figure, refused]
+    return Descent(moves, momentum, *types)
 
 
 def _by_kernels(form: _Form, lines: Lines, plan: Plan, step: Step, only: bool) -> Descent:
@@ -144,8 +147,8 @@ def _part(plan: Plan, step: Step, own: Sequence[Bucket]) -> tuple[Plan, Step]:
         return trees if trees is None else tuple(trees[place] for place in places)
 
     entries = {path: entry for path, entry in plan.entries.items() if path in paths}
-    *arrays, options = step
-    return Plan(entries, plan.seed), Step(*map(of, arrays), options)
+    arrays = {name: of(trees) for name, trees in step._asdict().items() if name != "options"}
+    return Plan(entries, plan.seed), step._replace(**arrays)
 
 
 def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
@@ -178,7 +181,8 @@ def _planes(form: _Form, bucket: Bucket, step: Step) -> list[kernels.Planes]:
     """What the kernels are given of each parameter of the only bucket."""
 
     def tensors(tree: Any) -> list[Any]:
-        return [tree and kernels.planes(bucket.view.split(tree[path])) for path in bucket.paths]
+        split: Any = bucket.view.split
+        return [tree and kernels.planes(split(tree[path])) for path in bucket.paths]
 
     def values(stacks: Any, dtype: Any = None) -> list[Any]:
         if not stacks or isinstance(stacks[0], tuple):
@@ -206,5 +210,8 @@ def _together(plan: Plan, step: Step, parts: Sequence[tuple[Sequence[Bucket], De
     figures = [
         jnp.concatenate([part.astype(dtype) for part in column]) for column, dtype in zip(in_order, dtypes, strict=True)
     ]
-    tensors = [{path: x for _, descent in parts for path, x in (descent[place] or {}).items()} for place in (0, 1)]
-    return Descent(tensors[0], None if step.momentum is None else tensors[1], *figures)
+    displacements, momentum = {}, {}
+    for _, descent in parts:
+        displacements |= descent.displacements
+        momentum |= descent.momentum or {}
+    return Descent(displacements, None if step.momentum is None else momentum, *figures)

@@ -171,7 +171,8 @@ def fgsgd(
         descent, after = automatic(lines_5_to_8, step, before, feature_moments, like=like)
         traced = state.momentum
         if buffers is not None:
-            traced = traced._replace(trace=from_paths(buffers | buffers_free | descent.momentum, traced.trace))
+            after_all = buffers | (buffers_free or {}) | (descent.momentum or {})
+            traced = traced._replace(trace=from_paths(after_all, traced.trace))
         return call.answer(moved | descent.displacements), FgsgdState(
             momentum=traced,
             rate=rate_state,
