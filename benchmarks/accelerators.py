@@ -32,6 +32,8 @@ TARGETS = {
 }
 PACKAGES = ("jax", "jaxlib", "optax", "fgsgd-jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 FGSGD, SGD, MUON = "fgsgd", "optax.sgd", "optax.contrib.muon"
+SPEL, COARSE, MANIFOLD_MUON = "fg.spel", "fg.spel, coarse", "fg.manifold_muon"
+OPTIMIZERS = (FGSGD, SGD, MUON, SPEL, COARSE, MANIFOLD_MUON)
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ def workloads() -> dict[str, Workload]:
     found["ResNet-20, PIO, on each of four devices"] = Workload(resnets[20], updates.SLICES, mesh="each")
     return found | {
         "ResNet-20, PIO, donated": Workload(resnets[20], updates.SLICES, donate=True),
-        "St(768, 768)": Workload(one, by_matrices, (FGSGD, SGD, MUON)),
+        "St(768, 768)": Workload(one, by_matrices, (FGSGD, SGD, MUON, SPEL, COARSE)),
+        "St(3072, 768)": Workload({"w": (3072, 768)}, by_matrices, (FGSGD, SGD, MUON, SPEL, COARSE, MANIFOLD_MUON)),
         "4 × 12 heads St(768, 64)": Workload(heads, by_heads),
         "ResNet-50, Stiefel by filters": Workload(updates.imagenet_resnet((3, 4, 6, 3)), updates.FILTERS),
         "GPT-2 small, by heads": Workload(gpt2, updates.HEADS),
-        "GPT-2 small, by matrices": Workload(gpt2, updates.MATRICES, (FGSGD, SGD, MUON)),
+        "GPT-2 small, by matrices": Workload(gpt2, updates.MATRICES, (FGSGD, SGD, MUON, SPEL, COARSE)),
     }
 
 
@@ -86,7 +89,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose name has one of these words")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--optimizers", nargs="+", default=[FGSGD, SGD, MUON], help="of those of a case")
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), help="of those of a case")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON, whose other rows stay")
     parser.add_argument("--table", action="store_true", help="only print what the JSON has")
     parser.add_argument("--dump", type=Path, help="a folder for the compiled programs' text")
@@ -259,6 +262,9 @@ def program(devices: list, workload: Workload, name: str) -> tuple[Any, tuple, t
     tx = {
         FGSGD: lambda: fg.fgsgd(0.1, plan, momentum=0.9, shardings=over if workload.mesh else None),
         SGD: lambda: optax.sgd(0.1, momentum=0.9),
+        SPEL: lambda: fg.spel(0.1, plan),
+        COARSE: lambda: fg.spel(0.1, plan, coarse=True),
+        MANIFOLD_MUON: lambda: fg.manifold_muon(0.1, plan),
         MUON: lambda: optax.contrib.muon(1e-3, muon_weight_dimension_numbers=_as_matrices),
     }[name]()
 
@@ -306,14 +312,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         if row["name"] in (SGD, MUON):
             continue
         if "left out" in row:
-            lines.append([row["case"], row["target"], row["left out"], *[""] * (len(header) - 3)])
+            lines.append([_titled(row), row["target"], row["left out"], *[""] * (len(header) - 3)])
             continue
         beside = {each["name"]: each for each in rows if _key(each) == _key(row) and "left out" not in each}
         others = {name: beside[full] for name, full in (("sgd", SGD), ("Muon", MUON)) if full in beside}
         sums = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items())
         lines.append(
             [
-                row["case"],
+                _titled(row),
                 row["target"],
                 _beside(row["processor"], {name: each["processor"] for name, each in others.items()}),
                 *(_bytes(row, key, others) for key in ("bytes", "memory")),
@@ -327,6 +333,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _titled(row: dict[str, Any]) -> str:
+    return row["case"] if row["name"] not in (SPEL, COARSE, MANIFOLD_MUON) else f"{row['case']}, `{row['name']}`"
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str]:

@@ -41,6 +41,8 @@ from .transforms import (
     Rescaling as Rescaling,
     StepMetrics as StepMetrics,
     fgsgd as fgsgd,
+    hyperball as hyperball,
+    manifold_muon as manifold_muon,
     metrics as metrics,
     normalize_by_zeta as normalize_by_zeta,
     on_manifolds as on_manifolds,
@@ -51,6 +53,8 @@ from .transforms import (
     retract as retract,
     riemannian_adam as riemannian_adam,
     robbins_monro as robbins_monro,
+    spel as spel,
+    steepest as steepest,
 )
 
 if TYPE_CHECKING:

@@ -45,8 +45,9 @@ def started(make, shapes, rules):
         lambda plan: fg.fgsgd(0.1, plan, momentum=0.9, rescaling=fg.Rescaling(every=2)),
         pytest.param(lambda plan: fg.on_manifolds(optax.adamw(1e-2), plan), marks=pytest.mark.slow),
         lambda plan: fg.riemannian_adam(1e-2, plan),
+        lambda plan: fg.manifold_muon(1e-2, plan),
     ],
-    ids=["fgsgd", "adamw", "riemannian_adam"],
+    ids=["fgsgd", "adamw", "riemannian_adam", "manifold_muon"],
 )
 def test_updates_for_accelerators_call_no_library_of_cpus(make):
     update, params, state = started(make, SHAPES, RULES)

@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "fgsgd": lambda plan: fg.fgsgd(0.1, plan, momentum=0.9),
     "chain": lambda plan: chained(plan, 0.1, 0.9),
     "adam": lambda plan: fg.on_manifolds(optax.adam(0.01), plan),
+    "spel": lambda plan: fg.spel(0.1, plan),
     "riemannian_adam": lambda plan: fg.riemannian_adam(0.01, plan),
 }
 # What a leaf's gradient is made of, and whether no step can be taken along it in an arithmetic of float32.

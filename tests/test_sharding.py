@@ -16,7 +16,7 @@ SCRIPT = TESTS.parent / "tools" / "sharded.py"
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "2"}
 TYPES = ("Auto", "Explicit")
 LAYOUTS = ("data", "outputs", "inputs", "fully")
-OPTIMIZERS = ("fgsgd", "chain", "adam", "riemannian_adam")
+OPTIMIZERS = ("fgsgd", "chain", "adam", "spel", "riemannian_adam")
 USUAL = "Explicit/fully/fgsgd"
 OTHERS = [f"{kind}/{layout}/{name}" for kind in TYPES for layout in LAYOUTS for name in OPTIMIZERS]
 SLICES = [f"gathers/{kind}/{name}/conv/conv2" for kind, name in (("Auto", "fgsgd"), ("Explicit", "adam"))]

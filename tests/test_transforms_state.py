@@ -17,6 +17,8 @@ OPTIMIZERS = {
     "chain": (lambda plan: chained(plan, 0.1, 0.9, rescaling=fg.Rescaling(every=2)), 1),
     "project": (fg.project, 0),
     "on_manifolds": (lambda plan: fg.on_manifolds(optax.adam(0.1), plan), 2),
+    "steepest": (fg.steepest, 0),
+    "hyperball": (lambda plan: fg.hyperball(optax.adam(0.1), plan), 2),
     "riemannian_adam": (lambda plan: fg.riemannian_adam(0.1, plan), 2),
 }
 pytestmark = pytest.mark.usefixtures("lenient_promotion")

@@ -42,6 +42,7 @@ OPTIMIZERS = {
     "fgsgd": lambda plan: fg.fgsgd(0.1, plan, momentum=0.9, rescaling=fg.Rescaling(every=2)),
     "chain": lambda plan: chained(plan, 0.1, 0.9, rescaling=fg.Rescaling(every=2)),
     "adam": lambda plan: fg.on_manifolds(optax.adam(0.02), plan),
+    "spel": lambda plan: fg.spel(0.1, plan),
     "riemannian_adam": lambda plan: fg.riemannian_adam(0.02, plan),
 }
 

@@ -13,7 +13,7 @@ from ._buckets import (
     widest as widest,
 )
 from ._collection import Collection as Collection
-from ._paths import by_path as by_path, from_paths as from_paths
+from ._paths import by_path as by_path, from_paths as from_paths, unboxed as unboxed
 from ._plan import Plan as Plan, plan as plan
 from ._schemes import (
     PI as PI,

@@ -1,6 +1,7 @@
 """Buckets: parameters of one shape and structure of groups, whose figures are computed together."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -149,10 +150,13 @@ def groups_of(plan: Plan) -> Stacks:
 def gammas(plan: Plan, leaves: dict[str, Any], layout: Iterable[Bucket] | None = None) -> Stacks:
     """γ of every matrix, in the dtype of constraint arithmetic; float32 if there are no leaves."""
 
+    @functools.cache
+    def dtype_of(bucket: Bucket) -> jnp.dtype:
+        dtypes = {leaves[path].dtype for path in bucket.paths if path in leaves}
+        return widest([*map(compute_dtype, dtypes), jnp.dtype(jnp.float32)])
+
     def of(bucket: Bucket, collection: Collection) -> np.ndarray:
-        dtypes = [compute_dtype(leaves[path].dtype) for path in bucket.paths if path in leaves]
-        gamma = np.asarray(collection.gamma, widest([*dtypes, jnp.dtype(jnp.float32)]))
-        return np.broadcast_to(gamma, collection.member.shape)
+        return np.broadcast_to(np.asarray(collection.gamma, dtype_of(bucket)), collection.member.shape)
 
     return _stacks(plan, of, layout)
 

@@ -22,7 +22,7 @@ from ._collection import Collection
 from ._paths import from_paths
 from ._plan import Plan, array_leaves
 
-Radii = dict[str, Float[Array, "*layers inputs outputs"]]
+Radii = dict[str, Float[Array | np.ndarray, "*layers inputs outputs"]]
 
 
 def initialize(key: PRNGKeyArray, params: Any, plan: Plan | Rules) -> Any:

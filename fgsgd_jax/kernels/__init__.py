@@ -14,5 +14,6 @@ from ._descend import (
     planes as planes,
     unserved as unserved,
 )
+from ._many import are_many as are_many, pack as pack, unpack as unpack
 from ._pallas_layer import LayerType as LayerType, Planes as Planes
 from ._values import stack as stack, unstack as unstack

@@ -195,7 +195,7 @@ def _batched(leaves: Sequence[Array], axes: Sequence[Any], operation: Operation,
         return jnp.broadcast_to(leaf, (size, *leaf.shape)) if axis is None else jnp.moveaxis(leaf, axis, 0)
 
     layers, factors = tree.unflatten([in_front(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)])
-    # Lines 5 and 7 are linear in the direction.
+    # v of line 7 is linear in the direction, and the factor of line 5 is 1.
     layers = [layer._replace(w=layer.w * factors.reshape(-1, *(1,) * (layer.w.ndim - 1))) for layer in layers]
     flat = _operation_p.bind(*jax.tree.leaves((layers, jnp.ones_like(factors[0]))), operation=operation, tree=tree)
     return flat, [0] * len(flat)

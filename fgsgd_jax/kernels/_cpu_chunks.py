@@ -85,6 +85,8 @@ def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
     results = jax.eval_shape(function, *args)
 
     def zeros(*args):
+        if not jax.sharding.get_abstract_mesh().manual_axes:
+            return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
         # Made of the arguments, so that in `shard_map` they differ between devices where those do.
         nothing = functools.reduce(operator.add, (0 * leaf.ravel()[0].astype(jnp.float32) for leaf in args))
         return jax.tree.map(lambda result: jnp.broadcast_to(nothing.astype(result.dtype), result.shape), results)

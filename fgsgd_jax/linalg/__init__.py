@@ -10,6 +10,7 @@ from ._enclosures import (
 from ._expm import expm as expm
 from ._gram_iteration import gram_iteration as gram_iteration
 from ._largest import largest as largest
+from ._msign import msign as msign
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import (
     deviation as deviation,

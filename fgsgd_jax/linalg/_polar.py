@@ -53,11 +53,10 @@ def polar(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
 
 def polar_iteration(y: Float[Array, "*batch n p"]) -> tuple[Float[Array, "*batch n p"], Bool[Array, "*batch 1 1"]]:
     """Polar factors by as many turns as the matrix that is furthest from orthonormal takes, and which converged."""
-    enough = (2 / 3 * float(jnp.finfo(y.dtype).eps)) ** 0.5
 
     def unfinished(carry):
         _, bound, turns = carry
-        return jnp.any(bound > enough) & (turns < _MOST_TURNS)
+        return jnp.any(bound > exact_below(y.dtype)) & (turns < _MOST_TURNS)
 
     def turn(carry):
         y, _, turns = carry
@@ -68,11 +67,25 @@ def polar_iteration(y: Float[Array, "*batch n p"]) -> tuple[Float[Array, "*batch
         e = shrink * e - (1 - shrink) * identity(e)
         # What is left is 3/4 e²: its entries are at most 3/4 of the square of e's longest column.
         bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(e), axis=-2, keepdims=True), axis=-1, keepdims=True))
-        return jnp.sqrt(shrink) * (y - matmul(y, e) / 2), bound, turns + 1
+        return _turned(jnp.sqrt(shrink) * y, e), bound, turns + 1
 
     start = jnp.full((*y.shape[:-2], 1, 1), jnp.inf, y.dtype) + 0 * y[..., :1, :1]
     y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
-    return y, bound <= enough
+    return y, bound <= exact_below(y.dtype)
+
+
+def polar_turn(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
+    """One turn: exact to round-off where the Gram matrix is within `exact_below` of the identity."""
+    return _turned(y, deviation(y))
+
+
+def exact_below(dtype: jnp.dtype) -> float:
+    """The deviation e of a Gram matrix from I up to which one turn is exact to round-off: it leaves 3/4 e²."""
+    return (2 / 3 * float(jnp.finfo(dtype).eps)) ** 0.5
+
+
+def _turned(y: Array, e: Array) -> Array:
+    return y - matmul(y, e) / 2
 
 
 def deviation(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch p p"]:

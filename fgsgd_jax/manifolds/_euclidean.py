@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ..linalg import msign
 from ._manifold import Manifold, compute_dtype
 
 
@@ -32,6 +33,9 @@ class Euclidean(Manifold):
 
     def _nearest(self, x):
         return x
+
+    def _steepest(self, x, g, method, tangent, coarse):
+        return msign(g, coarse)
 
     def _violation(self, x):
         return jnp.zeros(x.shape[:-2], x.dtype)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..linalg import norm
+
+Steepest = Literal["polar", "dual"]
 
 
 class _Unstated(float):
@@ -60,6 +62,7 @@ class Manifold(abc.ABC):
     | `dim(shape)`, `origin(shape, dtype)` | the dimension; any one point |
     | `_dist(x, y)` | if it is not the norm of `_log(x, y)` |
     | `_from_gaussian(z)` | if `_nearest` of a Gaussian matrix is not uniform |
+    | `_steepest(x, g, method, tangent, coarse)` | if the norm of directions is not Frobenius' |
 
     Args:
       radius: s, in the units of the points. Left out it is 1, and in the rules of a plan γ of eq. 2.
@@ -132,6 +135,11 @@ class Manifold(abc.ABC):
         # The Gaussian is invariant under the isometries of all our manifolds, so its nearest point is uniform.
         return self._nearest(z)
 
+    def _steepest(self, x: Array, g: Array, method: Steepest, tangent: bool, coarse: bool) -> Array:
+        """The vector of norm 1, tangent if asked for, with the largest inner product with `g`; 0 for 0."""
+        del method, coarse
+        return unit(self._project(x, g) if tangent else g, (-2, -1))
+
     def with_radius(self, radius: float | Array) -> Self:
         """The same manifold at another radius, a number or an array over the leading axes of the points.
 
@@ -163,7 +171,9 @@ class Manifold(abc.ABC):
     def retract(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """A point in the direction of the tangent vector `v` from `x`: `exp` to first order.
 
-        It is on the manifold to round-off for a tangent vector of any length. Where no point can be computed (`v` not
+        It is on the manifold to round-off for a tangent vector of any length. A `v` that is not tangent leads to the
+        point nearest to x + v on spheres, oblique matrices and by the polar retraction; "qr" factorizes x + v, "cayley"
+        and "exp" project v. Where no point can be computed (`v` not
         finite, or `x + v` singular, which no tangent vector leads to) the answer is `x`, to round-off; or some point of
         the manifold if `x` is none.
 
@@ -314,6 +324,42 @@ class Manifold(abc.ABC):
         """
         return self._violation(_up(x) / self._scale(x))
 
+    def steepest(
+        self,
+        x: Float[Array, "*b n p"],
+        g: Float[Array, "*b n p"],
+        method: Steepest = "polar",
+        *,
+        tangent: bool = True,
+        coarse: bool = False,
+    ) -> Float[Array, "*b n p"]:
+        """The direction in which `<g, ·>` rises most steeply: of norm `radius`, in the manifold's own norm.
+
+        The norm is Frobenius' on spheres (and manifolds of your own), the largest of a column on oblique matrices, the
+        spectral norm on Stiefel and of Euclidean matrices (where the radius is 1). So the direction is the projection
+        of `g`, divided by its length, by columns, or with its singular values replaced by 1; and 0 where that is 0.
+
+        On Stiefel the latter, `"polar"`, is the steepest of all matrices, and not tangent (n ≠ p). `"dual"` is the
+        steepest of the tangent ones, to 1e-4 of `<g, ·>`: tens to hundreds of times the products, and no derivative.
+
+        Args:
+          x: points.
+          g: any matrices, such as gradients.
+          method: `"polar"` or `"dual"`; the same but on Stiefel.
+          tangent: whether `g` is projected first. False: the direction of `g` itself, not for `"dual"`.
+          coarse: singular values to 15 %, by products in bfloat16, not for `"dual"`.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import fgsgd_jax as fg
+          >>> east, north = jnp.array([[2.0], [0.0]]), jnp.array([[0.0], [3.0]])
+          >>> fg.Sphere(radius=2.0).steepest(east, east + north).ravel().tolist()
+          [0.0, 2.0]
+        """
+        check_steepest(method, tangent, coarse)
+        s = self._scale(x)
+        return (s * self._steepest(_up(x) / s, _up(g), method, tangent, coarse)).astype(g.dtype)
+
     def radius_of(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
         """The radius at which the point `x` lies, whatever `radius` says: exact for a point of any radius.
 
@@ -399,6 +445,23 @@ class Manifold(abc.ABC):
                 f"{x.shape}: give a number or an array over {x.shape[:-2]}"
             )
         return radius.reshape((1,) * (x.ndim - 2 - radius.ndim) + radius.shape + (1, 1))
+
+
+def unit(x: Array, axes: tuple[int, ...]) -> Array:
+    """The vectors along `axes` divided by their length; 0 for 0."""
+    length = norm(x, axes, keepdims=True)
+    return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), 0)
+
+
+def check_steepest(method: str, tangent: bool, coarse: bool) -> None:
+    """Raises for options of `steepest` that make no sense."""
+    if method not in get_args(Steepest):
+        raise ValueError(f"steepest(method={method!r}): choose one of {get_args(Steepest)}")
+    if method == "dual" and (coarse or not tangent):
+        raise ValueError(
+            "steepest(method='dual') finds the steepest tangent vector exactly: leave out "
+            f"{'coarse=True' if coarse else 'tangent=False'}, or take method='polar'"
+        )
 
 
 def _up(x: Array) -> Array:

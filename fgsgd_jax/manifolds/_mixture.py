@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._euclidean import Euclidean
-from ._manifold import Manifold, compute_dtype
+from ._manifold import Manifold, Steepest, compute_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +45,18 @@ class Mixture:
             return manifold.retract(x, v)
 
         return self._select(retract, x, v)
+
+    def steepest(
+        self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"], method: Steepest, tangent: bool, coarse: bool
+    ) -> Float[Array, "*b n p"]:
+        """Directions of steepest ascent of `<g, ·>`."""
+
+        def steepest(manifold, on, x, g):
+            # An iteration lasts as long as the slowest of the batch: nothing is asked of the others.
+            g = g if on is None else jnp.where(on, g, 0)
+            return manifold.steepest(x, g, method, tangent=tangent, coarse=coarse)
+
+        return self._select(steepest, x, g)
 
     def nearest(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Nearest points."""

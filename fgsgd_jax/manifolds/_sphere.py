@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from ..linalg import largest, norm
-from ._manifold import Manifold
+from ._manifold import Manifold, unit
 
 
 def spherical_log(x: Array, y: Array, axes: tuple[int, ...]) -> Array:
@@ -94,6 +94,9 @@ class Spherical(Manifold):
         length = norm(x, self._axes, keepdims=True)
         origin = jnp.broadcast_to(self.origin(x.shape[-2:], x.dtype), x.shape)
         return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), origin)
+
+    def _steepest(self, x, g, method, tangent, coarse):
+        return unit(self._project(x, g) if tangent else g, self._axes)
 
     def _violation(self, x):
         return largest(jnp.abs(norm(x, self._axes, keepdims=True) - 1), (-2, -1))

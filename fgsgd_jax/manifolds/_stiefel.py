@@ -17,15 +17,16 @@ from ..linalg import (
     identity,
     largest,
     matmul,
+    msign,
     norm,
     orthonormalize,
     polar,
     qf,
-    symmetric,
     transpose,
 )
 from ._manifold import Manifold
 from ._sphere import spherical_log
+from ._tangent_ball import steepest_tangent, tangent as _tangent
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
 
@@ -90,10 +91,11 @@ class Stiefel(Manifold):
             case "qr":
                 usable = jnp.all(jnp.isfinite(v), axis=(-2, -1), keepdims=True)
                 return qf(jnp.where(usable, x + v, x))
+            # Both are defined for tangent vectors only.
             case "cayley":
-                return orthonormalize(cayley(x, v), x)
+                return orthonormalize(cayley(x, _tangent(x, v)), x)
             case "exp":
-                return orthonormalize(_geodesic(x, v), x)
+                return orthonormalize(_geodesic(x, _tangent(x, v)), x)
 
     def _exp(self, x, v):
         x, v, back = _tall(x, v)
@@ -118,6 +120,14 @@ class Stiefel(Manifold):
     def _nearest(self, x):
         x, back = _tall(x)
         return back(polar(x))
+
+    def _steepest(self, x, g, method, tangent, coarse):
+        x, g, back = _tall(x, g)
+        if tangent and coarse:
+            g = _tangent(*(z.astype(jnp.bfloat16) for z in (x, g))).astype(x.dtype)
+        elif tangent:
+            g = _tangent(x, g)
+        return back(steepest_tangent(x, g) if method == "dual" else msign(g, coarse))
 
     def _violation(self, x):
         x, _ = _tall(x)
@@ -150,10 +160,6 @@ def _tall(*arrays: Array):
     if arrays[0].shape[-2] >= arrays[0].shape[-1]:
         return *arrays, lambda x: x
     return *(transpose(x) for x in arrays), transpose
-
-
-def _tangent(x: Array, w: Array) -> Array:
-    return w - matmul(x, symmetric(gram(x, w)))
 
 
 def _geodesic(x: Array, v: Array) -> Array:

@@ -1,7 +1,8 @@
 """Algorithm 1 of the paper, line by line, on the constrained weights of a plan.
 
-Points and directions are tensors by path, in the shapes of the parameters. What belongs to a matrix is a stack for each
-bucket of parameters of one shape, [paths, *layers, inputs, outputs]. Figures of parameters follow the buckets.
+Points and directions are tensors by path, in the shapes of the parameters; those of a bucket of many small parameters
+may be packed as one tensor, see `packed`. What belongs to a matrix is a stack for each bucket of parameters of one
+shape, [paths, *layers, inputs, outputs]. Figures of parameters follow the buckets.
 """
 
 from typing import NamedTuple
@@ -12,9 +13,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from .. import kernels
-from ..groups import Bucket, Plan, Stacks, buckets, widest
+from ..groups import Bucket, Plan, Stacks, buckets, widest, with_radius
 from ..linalg import largest, squared_norm
-from ..manifolds import Mixture, compute_dtype
+from ..manifolds import Mixture, Steepest, compute_dtype
 from ._states import ByPath, Refused
 from ._zeta import Scalar, of_groups, reciprocal_zeta
 
@@ -72,21 +73,79 @@ class Descent(NamedTuple):
     refused: Bool[Array, "paths"]
 
 
+def packed(plan: Plan, *trees: ByPath) -> list[ByPath]:
+    """The tensors with those of buckets of many small parameters as one, [paths, *shape], at the key of the bucket.
+
+    The time to compile a program of hundreds of parameters is that of taking them together and apart, so a step should
+    do it once. All trees are packed alike.
+    """
+    result = [dict(tree) for tree in trees]
+    for bucket in buckets(plan):
+        if kernels.are_many(len(bucket.paths), bucket.shape) and all(
+            len({leaves[path].dtype for path in bucket.paths}) == 1 for leaves in trees
+        ):
+            for leaves in result:
+                leaves[_key(bucket)] = kernels.pack([leaves.pop(path) for path in bucket.paths])
+    return result
+
+
+def apart(plan: Plan, tensors: ByPath) -> ByPath:
+    """Undoes `packed`."""
+    result = dict(tensors)
+    for bucket in buckets(plan):
+        if (key := _key(bucket)) in result:
+            result |= dict(zip(bucket.paths, kernels.unpack(result.pop(key)), strict=True))
+    return result
+
+
+def names(bucket: Bucket, tensors: ByPath) -> tuple[str, ...]:
+    """The paths of a bucket in these tensors, or its key if they are packed."""
+    key = _key(bucket)
+    return (key,) if key in tensors else bucket.paths
+
+
+def _key(bucket: Bucket) -> str:
+    # No path has this character.
+    return f"{bucket.paths[0]}\0"
+
+
+def matrices(bucket: Bucket, tensors: ByPath) -> Float[Array, "paths *layers inputs outputs rows cols"]:
+    """The matrices of a bucket of packed or other tensors."""
+    if (key := _key(bucket)) not in tensors:
+        return bucket.matrices(tensors)
+    return bucket.view.split(tensors[key].astype(compute_dtype(tensors[key].dtype)))
+
+
 def project(plan: Plan, kinds: Stacks, radii: Stacks, points: ByPath, gradients: ByPath) -> Projected:
     """Line 5: gradL(ω) = Π_ω(∂L/∂ω)."""
     tangents, norms = kernels.tangent(*_matrices(plan, kinds, radii, points, gradients))
-    return Projected(_tensors(plan, tangents), *refuse(plan, norms))
+    return Projected(_tensors(plan, points, tangents), *refuse(plan, points, norms))
 
 
-def refuse(plan: Plan, norms: list[Array]) -> tuple[Stacks, Bool[Array, "paths"]]:
-    """The squared norms of every matrix as stacks, NaN in a refused parameter; and which those are."""
+def refuse(plan: Plan, like: ByPath, norms: list[Array]) -> tuple[Stacks, Bool[Array, "paths"]]:
+    """The squared norms of every matrix as stacks, NaN in a refused parameter; and which those are.
+
+    `norms` are those of tensors that are packed as `like`.
+    """
     squares, refused = [], []
-    for bucket, own in zip(buckets(plan), _by_bucket(plan, norms), strict=True):
-        square = kernels.stack(own)
-        finite = jnp.isfinite(jnp.sum(square, axis=tuple(range(1, square.ndim))))
+    for bucket, own in zip(buckets(plan), _by_bucket(plan, like, norms), strict=True):
+        square = _stacked(bucket, own)
+        finite = _finite(square)
         squares.append(jnp.where(finite.reshape(-1, *(1,) * len(bucket.grid)), square, jnp.nan))
         refused.append(~finite)
     return tuple(squares), _figure(refused, jnp.dtype(bool))
+
+
+def steepest(
+    plan: Plan, kinds: Stacks, points: ByPath, vectors: ByPath, method: Steepest, tangent: bool, coarse: bool
+) -> ByPath:
+    """Directions of steepest ascent along the vectors, of the length of the radius, in the dtypes of the vectors."""
+    directions: ByPath = {}
+    for bucket, kind, radius in zip(buckets(plan), kinds, radii_of(plan, kinds, points), strict=True):
+        x, mixture = matrices(bucket, points), mixture_of(bucket, kind).at(with_radius(radius))
+        found = mixture.steepest(x, matrices(bucket, vectors).astype(x.dtype), method, tangent, coarse)
+        directions |= tensors_of(bucket, found, {name: vectors[name] for name in names(bucket, vectors)})
+    return directions
 
 
 def normalize(plan: Plan, groups: Stacks, squares: Stacks, rho: Scalar, curvature: Scalar) -> Normalized:
@@ -108,10 +167,11 @@ def scaled(plan: Plan, tangents: ByPath, factors: Stacks) -> ByPath:
     """Every matrix times its own factor; no direction where that is NaN, as of a refused parameter."""
     result = {}
     for bucket, stacked in zip(buckets(plan), factors, strict=True):
-        for path, factor in zip(bucket.paths, kernels.unstack(stacked), strict=True):
-            factor = factor.astype(tangents[path].dtype)[..., None, None]
-            factor = bucket.view.merge(jnp.broadcast_to(factor, (*bucket.grid, *bucket.view.grid[2:])))
-            result[path] = jnp.where(factor > 0, tangents[path] * factor, 0)
+        own = names(bucket, tangents)
+        for name, factor in zip(own, kernels.unstack(stacked) if own == bucket.paths else [stacked], strict=True):
+            factor = factor.astype(tangents[name].dtype)[..., None, None]
+            factor = bucket.view.merge(jnp.broadcast_to(factor, (*factor.shape[:-2], *bucket.view.grid[2:])))
+            result[name] = jnp.where(factor > 0, tangents[name] * factor, 0)
     return result
 
 
@@ -135,14 +195,15 @@ def retract(
     mixtures, x, w = _matrices(plan, kinds, radii, points, directions)
     new = None
     if new_radii is not None:
-        flat = [radius for stacked in new_radii for radius in kernels.unstack(stacked, restacked=True)]
+        pairs = zip(buckets(plan), new_radii, strict=True)
+        flat = [radius for bucket, stacked in pairs for radius in _restacked(bucket, points, stacked)]
         new = [radius.astype(own.dtype) for radius, own in zip(flat, x, strict=True)]
     moves, norms = kernels.step(mixtures, x, w, new, factor, is_tangent, share_out)
     longest = [
-        largest(kernels.stack(own), range(1, 1 + len(bucket.grid)))
-        for bucket, own in zip(buckets(plan), _by_bucket(plan, norms), strict=True)
+        largest(_stacked(bucket, own), range(1, 1 + len(bucket.grid)))
+        for bucket, own in zip(buckets(plan), _by_bucket(plan, points, norms), strict=True)
     ]
-    moves = _tensors(plan, moves)
+    moves = _tensors(plan, points, moves)
     # Gradients may be coarser than the weights.
     dtypes = {path: widest((points[path].dtype, directions[path].dtype)) for path in moves}
     return {path: move.astype(dtypes[path]) for path, move in moves.items()}, _figure(longest)
@@ -151,23 +212,30 @@ def retract(
 def radii_of(plan: Plan, kinds: Stacks, points: ByPath) -> Stacks:
     """The radii at which the weights lie."""
     pairs = zip(buckets(plan), kinds, strict=True)
-    return tuple(mixture_of(bucket, kind).radius_of(bucket.matrices(points)) for bucket, kind in pairs)
+    return tuple(mixture_of(bucket, kind).radius_of(matrices(bucket, points)) for bucket, kind in pairs)
 
 
 def rescale(plan: Plan, kinds: Stacks, points: ByPath, updates: ByPath, radii: Stacks) -> ByPath:
     """Line 8: displacements to the points ω + u, brought to exactly the radii ℜ."""
     displacements: ByPath = {}
     for bucket, kind, radius in zip(buckets(plan), kinds, radii, strict=True):
-        x = bucket.matrices(points)
+        x = matrices(bucket, points)
         mixture = mixture_of(bucket, kind).at(radius.astype(x.dtype))
-        like = {path: max(points[path], updates[path], key=lambda leaf: leaf.dtype.itemsize) for path in bucket.paths}
-        displacements |= bucket.tensors(mixture.rescale(x + bucket.matrices(updates).astype(x.dtype)) - x, like)
+        own = names(bucket, points)
+        like = {path: max(points[path], updates[path], key=lambda leaf: leaf.dtype.itemsize) for path in own}
+        moves = mixture.rescale(x + matrices(bucket, updates).astype(x.dtype)) - x
+        displacements |= tensors_of(bucket, moves, like)
     return displacements
 
 
 def squared_norms(plan: Plan, tensors: ByPath) -> Stacks:
     """The squared norm of every matrix."""
-    return tuple(squared_norm(bucket.matrices(tensors)) for bucket in buckets(plan))
+    return tuple(squared_norm(matrices(bucket, tensors)) for bucket in buckets(plan))
+
+
+def refused(plan: Plan, tensors: ByPath) -> Bool[Array, "paths"]:
+    """Which of the constrained parameters are refused, by the squared norms of `tensors`."""
+    return _figure([~_finite(square) for square in squared_norms(plan, tensors)], jnp.dtype(bool))
 
 
 # The rule everywhere: a leaf whose squared norm is not finite (NaN, infinite, or a norm above 10¹⁹ in float32, after
@@ -181,9 +249,16 @@ def none_refused(plan: Plan) -> Refused:
     return Refused(jnp.zeros(len(plan.collections), jnp.int32), free)
 
 
-def without_refused(tangents: ByPath, refused: Bool[Array, "paths"]) -> ByPath:
+def without_refused(plan: Plan, tangents: ByPath, refused: Bool[Array, "paths"]) -> ByPath:
     """The tangent vectors, zero where the parameter is refused."""
-    return {path: jnp.where(flag, 0, t) for (path, t), flag in zip(tangents.items(), refused, strict=True)}
+    result, start = {}, 0
+    for bucket in buckets(plan):
+        own, end = names(bucket, tangents), start + len(bucket.paths)
+        part = refused[start:end]
+        flags = kernels.unstack(part) if own == bucket.paths else [part.reshape(-1, *(1,) * len(bucket.shape))]
+        result |= {name: jnp.where(flag, 0, tangents[name]) for name, flag in zip(own, flags, strict=True)}
+        start = end
+    return result
 
 
 def without_refused_free(free: ByPath) -> tuple[ByPath, ByPath]:
@@ -215,6 +290,11 @@ def mixture_of(bucket: Bucket, kind: Array | tuple[()]) -> Mixture:
     return Mixture(bucket.kinds, None if isinstance(kind, tuple) else kind)
 
 
+def _finite(squares: Float[Array, "paths *grid"]) -> Bool[Array, "paths"]:
+    """Whether all squared norms of a parameter are finite."""
+    return jnp.isfinite(jnp.sum(squares, axis=tuple(range(1, squares.ndim))))
+
+
 def _figure(parts: list[Array], dtype: jnp.dtype | None = None) -> Array:
     """A figure for each parameter from those of each bucket."""
     if not parts:
@@ -223,17 +303,36 @@ def _figure(parts: list[Array], dtype: jnp.dtype | None = None) -> Array:
     return jnp.concatenate([part.astype(dtype) for part in parts])
 
 
-def _by_bucket(plan: Plan, values: list[Array]) -> list[list[Array]]:
-    """What follows the parameters of all buckets, for each bucket."""
+def _by_bucket(plan: Plan, like: ByPath, values: list[Array]) -> list[list[Array]]:
+    """What follows the parameters of all buckets, packed as `like`, for each bucket."""
     rest = iter(values)
-    return [[next(rest) for _ in bucket.paths] for bucket in buckets(plan)]
+    return [[next(rest) for _ in names(bucket, like)] for bucket in buckets(plan)]
 
 
-def _tensors(plan: Plan, matrices: list[Array]) -> ByPath:
-    """The tensors of the matrices of all parameters, by path."""
-    pairs = zip(buckets(plan), _by_bucket(plan, matrices), strict=True)
+def _stacked(bucket: Bucket, own: list[Array]) -> Array:
+    """The values of a bucket's matrices as one array, which they are if it is packed."""
+    return kernels.stack(own) if own[0].ndim == len(bucket.grid) else own[0]
+
+
+def _restacked(bucket: Bucket, like: ByPath, stacked: Array) -> list[Array]:
+    """The values of the matrices by parameter; of all if `like` is packed."""
+    return kernels.unstack(stacked, restacked=True) if names(bucket, like) == bucket.paths else [stacked]
+
+
+def tensors_of(bucket: Bucket, own: Array, like: ByPath) -> ByPath:
+    """Undoes `matrices`: tensors in the dtypes of `like`, and packed as it is."""
+    if (key := _key(bucket)) not in like:
+        return bucket.tensors(own, like)
+    return {key: bucket.view.merge(own).astype(like[key].dtype)}
+
+
+def _tensors(plan: Plan, like: ByPath, matrices: list[Array]) -> ByPath:
+    """The tensors of the matrices of all parameters, by path or packed as `like`."""
+    pairs = zip(buckets(plan), _by_bucket(plan, like, matrices), strict=True)
     return {
-        path: bucket.view.merge(own) for bucket, parts in pairs for path, own in zip(bucket.paths, parts, strict=True)
+        name: bucket.view.merge(own)
+        for bucket, parts in pairs
+        for name, own in zip(names(bucket, like), parts, strict=True)
     }
 
 
@@ -243,9 +342,10 @@ def _matrices(
     """The manifolds, points and vectors of every parameter as matrices, in the dtype of constraint arithmetic."""
     mixtures, x, w = [], [], []
     for bucket, kind, radius in zip(buckets(plan), kinds, radii, strict=True):
-        own_kinds = kernels.unstack(kind, restacked=True) if len(bucket.kinds) > 1 else [()] * len(bucket.paths)
-        own_radii = kernels.unstack(radius, restacked=True)
-        for path, own_kind, own_radius in zip(bucket.paths, own_kinds, own_radii, strict=True):
+        own = names(bucket, points)
+        own_kinds = _restacked(bucket, points, kind) if len(bucket.kinds) > 1 else [()] * len(own)
+        own_radii = _restacked(bucket, points, radius)
+        for path, own_kind, own_radius in zip(own, own_kinds, own_radii, strict=True):
             dtype = widest(compute_dtype(tree[path].dtype) for tree in (points, vectors))
             mixtures.append(mixture_of(bucket, own_kind).at(own_radius.astype(dtype)))
             x.append(bucket.view.split(points[path].astype(dtype)))

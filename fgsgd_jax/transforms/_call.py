@@ -79,8 +79,13 @@ def started(link: str, plan: PlanOrRules, params: Any) -> Start:
     `optax.tree_utils.tree_map_params` asks for the structure of a state with a placeholder for the parameters, which
     has no leaves.
     """
-    if params is not None and isinstance(plan, Plan) and not jax.tree.leaves(params):
-        return Start(plan, {})
+    if params is not None and not jax.tree.leaves(params):
+        if isinstance(plan, Plan):
+            return Start(plan, {})
+        raise ValueError(
+            f"{link} was given rules, and asked for the structure of its state without parameters, as "
+            "optax.tree_utils.tree_map_params does; give it the plan, fg.plan(params, rules)"
+        )
     if params is None:
         raise ValueError(f"{link} needs the parameters: call tx.init(params)")
     own = as_plan(plan, params)

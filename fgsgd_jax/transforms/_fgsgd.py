@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from ..groups import Plan, as_rules, automatic, by_path, from_paths, groups_of, kinds_of, names_of
+from ..groups import Plan, as_rules, automatic, buckets, by_path, from_paths, groups_of, kinds_of, names_of, widest
 from ..manifolds import Euclidean, compute_dtype
 from . import _algorithm as algorithm
 from ._algorithm import Descent, Options, Step
@@ -123,27 +123,33 @@ def fgsgd(
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def lines_5_to_7(plan: Plan, step: Step) -> Descent:
+            trees = [step.points, step.gradients] + ([] if step.momentum is None else [step.momentum])
+            points, gradients, *buffers = algorithm.packed(plan, *trees)
             rho, curvature = step.options.rho, step.options.curvature
-            tangents, squares, refused = algorithm.project(plan, step.kinds, step.radii, step.points, step.gradients)
+            tangents, squares, refused = algorithm.project(plan, step.kinds, step.radii, points, gradients)
             zeta = algorithm.normalize(plan, step.groups, squares, rho, curvature)
             tangents = algorithm.scaled(plan, tangents, zeta.inverse_zeta)
-            for path, collection in plan.collections.items():
-                tangents[path] = tangents[path].astype(compute_dtype(step.points[path].dtype))
-                if all(isinstance(kind, Euclidean) for kind in collection.kinds):
-                    tangents[path] = decayed(tangents[path], step.points[path], step.options.weight_decay)
-            directions, buffers = accumulated(tangents, step.momentum, step.options.momentum)
+            tangents = {name: t.astype(compute_dtype(points[name].dtype)) for name, t in tangents.items()}
+            for bucket in buckets(plan):
+                if all(isinstance(kind, Euclidean) for kind in bucket.kinds):
+                    own = algorithm.names(bucket, tangents)
+                    decay = step.options.weight_decay
+                    tangents |= {name: decayed(tangents[name], points[name], decay) for name in own}
+            directions, momenta = accumulated(tangents, next(iter(buffers), None), step.options.momentum)
             displacements, ratio = algorithm.retract(
                 plan,
                 step.kinds,
                 step.radii,
-                step.points,
+                points,
                 directions,
                 new_radii=step.new_radii,
                 factor=step.options.factor,
-                is_tangent=buffers is None,
+                is_tangent=momenta is None,
                 share_out=share_out,
             )
-            return Descent(displacements, buffers, zeta.zeta_share, zeta.grad_norm, ratio, refused)
+            displacements = algorithm.apart(plan, displacements)
+            momenta = None if momenta is None else algorithm.apart(plan, momenta)
+            return Descent(displacements, momenta, zeta.zeta_share, zeta.grad_norm, ratio, refused)
 
         def lines_5_to_8(step: Step, before: ScaleState, feature_moments: Any) -> tuple[Descent, ScaleState]:
             after = scale.advance(before, step.kinds, feature_moments)
@@ -173,12 +179,12 @@ def fgsgd(
         if buffers is not None:
             after_all = buffers | (buffers_free or {}) | (descent.momentum or {})
             traced = traced._replace(trace=from_paths(after_all, traced.trace))
-        return call.answer(moved | descent.displacements), FgsgdState(
+        # As Optax's optimizers do: an update is no wider than its weight or its gradient.
+        dtypes = {path: widest((points[path].dtype, gradients[path].dtype)) for path in points}
+        displacements = {path: move.astype(dtypes[path]) for path, move in descent.displacements.items()}
+        return call.answer(moved | displacements), state._replace(
             momentum=traced,
             rate=rate_state,
-            paths=state.paths,
-            kinds=state.kinds,
-            groups=state.groups,
             radii=after.radii,
             lambdas=after.lambdas,
             zeta_share=descent.zeta_share,

@@ -58,10 +58,12 @@ def normalize_by_zeta(
         directions = {path: call.leaves[path] for path in call.plan.collections}
 
         def line_6(groups: Stacks, directions: ByPath, rho: Scalar, curvature: Scalar) -> Any:
+            (directions,) = algorithm.packed(call.plan, directions)
             squares = algorithm.squared_norms(call.plan, directions)
             found = algorithm.normalize(call.plan, groups, squares, rho, curvature)
             figures = (x.astype(state.zeta_share.dtype) for x in (found.zeta_share, found.grad_norm))
-            return algorithm.scaled(call.plan, directions, found.inverse_zeta), *figures
+            steps = algorithm.scaled(call.plan, directions, found.inverse_zeta)
+            return algorithm.apart(call.plan, steps), *figures
 
         like = directions, state.zeta_share, state.grad_norm
         steps, share, norm = automatic(line_6, state.groups, directions, rho, curvature, like=like)

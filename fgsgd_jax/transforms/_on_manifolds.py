@@ -83,12 +83,15 @@ def on_manifolds(
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def line_5(points: ByPath, gradients: ByPath, state: Any) -> Any:
+            points, gradients = algorithm.packed(call.plan, points, gradients)
             found = algorithm.project(call.plan, state.kinds, state.radii, points, gradients)
-            tangents = algorithm.without_refused(found.tangents, found.refused)
-            return {path: t.astype(gradients[path].dtype) for path, t in tangents.items()}, found.refused
+            tangents = algorithm.without_refused(call.plan, found.tangents, found.refused)
+            tangents = {path: t.astype(gradients[path].dtype) for path, t in tangents.items()}
+            return algorithm.apart(call.plan, tangents), found.refused
 
         def lines_7_and_8(points: ByPath, directions: ByPath, state: Any, feature_moments: Any) -> Any:
             after = scale.advance(ScaleState(state.radii, state.lambdas), state.kinds, feature_moments)
+            points, directions = algorithm.packed(call.plan, points, directions)
             displacements, ratio = algorithm.retract(
                 call.plan,
                 state.kinds,
@@ -98,7 +101,7 @@ def on_manifolds(
                 new_radii=after.radii if rescaling.measures else None,
                 share_out=share_out,
             )
-            return displacements, after, ratio.astype(state.step_ratio.dtype)
+            return algorithm.apart(call.plan, displacements), after, ratio.astype(state.step_ratio.dtype)
 
         own, points = state._replace(inner=None), call.constrained
         gradients = {path: call.leaves[path] for path in points}

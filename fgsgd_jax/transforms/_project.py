@@ -38,27 +38,46 @@ def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
       >>> updates["w"].ravel().tolist()
       [0.0, 2.0]
     """
+    return _refusing("fg.project", plan, projects=True)
+
+
+def refuse(link: str, plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
+    """What `project` refuses becomes zero and is counted; all else passes as it is. It begins the chain of `link`."""
+    return _refusing(link, plan, projects=False)
+
+
+def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTransformationExtraArgs:
     plan = as_rules(plan)
 
     def init(params: Any) -> Any:
-        start = started("fg.project", plan, params)
+        start = started(link, plan, params)
         own = start.plan
         return start.beside(ProjectState(names_of(own), kinds_of(own), algorithm.none_refused(own)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
-        call = called("fg.project", plan, updates, params)
+        call = called(link, plan, updates, params)
 
         def line_5(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
+            points, gradients = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
             radii = algorithm.radii_of(call.plan, kinds, points)
-            found = algorithm.project(call.plan, kinds, radii, points, leaves)
-            tangents = algorithm.without_refused(found.tangents, found.refused)
-            return {path: t.astype(leaves[path].dtype) for path, t in tangents.items()}, found.refused
+            found = algorithm.project(call.plan, kinds, radii, points, gradients)
+            tangents = algorithm.without_refused(call.plan, found.tangents, found.refused)
+            tangents = {path: t.astype(gradients[path].dtype) for path, t in tangents.items()}
+            return algorithm.apart(call.plan, tangents), found.refused
+
+        def as_they_are(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
+            del kinds
+            (gradients,) = algorithm.packed(call.plan, {path: leaves[path] for path in points})
+            refused = algorithm.refused(call.plan, gradients)
+            return algorithm.apart(call.plan, algorithm.without_refused(call.plan, gradients, refused)), refused
 
         like = call.constrained, state.refused.constrained
-        tangents, refused = automatic(line_5, state.kinds, call.constrained, call.leaves, like=like)
+        passed, refused = automatic(
+            line_5 if projects else as_they_are, state.kinds, call.constrained, call.leaves, like=like
+        )
         free, refused_free = algorithm.without_refused_free(call.free)
         counts = algorithm.counted(state.refused, refused, refused_free)
-        return call.answer(free | tangents), state._replace(refused=counts)
+        return call.answer(free | passed), state._replace(refused=counts)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,7 +6,7 @@ import optax
 
 from ..groups import Stacks, as_rules, automatic, kinds_of, names_of
 from . import _algorithm as algorithm
-from ._call import PlanOrRules, called, check_on_manifold, started
+from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
 from ._scale import Scale, ScaleState
 from ._states import ByPath, RescaleState
@@ -39,7 +39,7 @@ def rescale(
       makes them.
 
     Raises:
-      ValueError: in `init` outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, section 4 and eq. 2.
@@ -73,13 +73,16 @@ def rescale(
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
         call = called("fg.rescale", plan, updates, params)
+        before = ScaleState(state.radii, state.lambdas)
+        check_still_on_manifold("fg.rescale", call, params, before)
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def line_8(kinds: Stacks, before: ScaleState, points: ByPath, leaves: ByPath, feature_moments: Any) -> Any:
             after = scale.advance(before, kinds, feature_moments)
-            return algorithm.rescale(call.plan, kinds, points, leaves, after.radii), after
+            points, moves = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
+            reached = algorithm.rescale(call.plan, kinds, points, moves, after.radii)
+            return algorithm.apart(call.plan, reached), after
 
-        before = ScaleState(state.radii, state.lambdas)
         like = call.constrained, before
         displacements, after = automatic(
             line_8, state.kinds, before, call.constrained, call.leaves, feature_moments, like=like

@@ -12,9 +12,14 @@ from ._states import ByPath, RetractState
 
 
 def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) -> optax.GradientTransformationExtraArgs:
-    """Turns tangent vectors into displacements that end on the manifolds.
+    """Turns updates into displacements that end on the manifolds.
 
     The update v of a matrix ω becomes φ_ω(v) - ω with the retraction φ of its manifold, at the radius of ω as given.
+
+    v need not be tangent, as the directions of `steepest` are not. It is not projected: the polar retraction of Stiefel
+    matrices, spheres and oblique matrices go to the point nearest to ω + v, QR factorizes ω + v. The Cayley transform
+    and the exponential, which are defined for tangent vectors alone, take Π_ω(v). Where ω + v has no nearest point, the
+    weight stays.
 
     Args:
       plan: the plan of the parameters, or its rules.
@@ -54,11 +59,12 @@ def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) ->
         call = called("fg.retract", plan, updates, params)
 
         def line_7(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
+            points, directions = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
             radii = algorithm.radii_of(call.plan, kinds, points)
             displacements, ratio = algorithm.retract(
-                call.plan, kinds, radii, points, leaves, is_tangent=True, share_out=share_out
+                call.plan, kinds, radii, points, directions, is_tangent=True, share_out=share_out
             )
-            return displacements, ratio.astype(state.step_ratio.dtype)
+            return algorithm.apart(call.plan, displacements), ratio.astype(state.step_ratio.dtype)
 
         like = call.constrained, state.step_ratio
         displacements, ratio = automatic(line_7, state.kinds, call.constrained, call.leaves, like=like)

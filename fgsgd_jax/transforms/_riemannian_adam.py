@@ -109,19 +109,20 @@ def _scale_by_riemannian_adam(
         mu, nu = by_path(state.mu), by_path(state.nu)
 
         def carried(kinds: Stacks, points: ByPath, moments: ByPath) -> ByPath:
+            points, moments = algorithm.packed(call.plan, points, moments)
             radii = algorithm.radii_of(call.plan, kinds, points)
-            return algorithm.project(call.plan, kinds, radii, points, moments).tangents
+            return algorithm.apart(call.plan, algorithm.project(call.plan, kinds, radii, points, moments).tangents)
 
         def of_matrices(kinds: Stacks, gradients: ByPath) -> ByPath:
             """‖g‖_F² in every entry of a constrained matrix, g² in those of a Euclidean one."""
-            squares = {}
+            (gradients,), squares = algorithm.packed(call.plan, gradients), {}
             for bucket, kind in zip(buckets(call.plan), kinds, strict=True):
-                g = bucket.matrices(gradients)
+                g = algorithm.matrices(bucket, gradients)
                 total = squared_norm(g)
                 on = algorithm.mixture_of(bucket, kind).constrained(jnp.ones_like(total)) > 0
                 square = jnp.where(on[..., None, None], total[..., None, None], jnp.square(g))
-                squares |= bucket.tensors(square, gradients)
-            return squares
+                squares |= algorithm.tensors_of(bucket, square, gradients)
+            return algorithm.apart(call.plan, squares)
 
         points = call.constrained
         moments = {path: mu[path] for path in points}

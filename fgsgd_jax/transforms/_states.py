@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..groups import Stacks, is_scale
@@ -69,6 +70,13 @@ class RetractState(NamedTuple):
     step_ratio: Float[Array, "paths"]
 
 
+class SteepestState(NamedTuple):
+    """Of `steepest`: the kind of manifold of every matrix."""
+
+    paths: Paths
+    kinds: Stacks
+
+
 class RescaleState(NamedTuple):
     """Of `rescale`: the kinds, ℜ (the radius of every matrix), and what λ needs."""
 
@@ -121,7 +129,7 @@ class StepMetrics(NamedTuple):
 _STATES = (ProjectState, NormalizeState, RetractState, RescaleState, FgsgdState, OnManifoldsState)
 
 
-def radii(state: Any) -> dict[str, Float[Array, "*layers inputs outputs"]]:
+def radii(state: Any) -> dict[str, Float[Array | np.ndarray, "*layers inputs outputs"]]:
     """ℜ of every matrix, by path of the parameter: the radii that the state of `rescale`, `fgsgd` or a wrapper holds.
 
     Args:
@@ -155,7 +163,7 @@ def radii(state: Any) -> dict[str, Float[Array, "*layers inputs outputs"]]:
     }
 
 
-def refused(state: Any) -> dict[str, Int[Array, ""]]:
+def refused(state: Any) -> dict[str, Int[Array | np.ndarray | np.generic, ""]]:
     """In how many steps the gradient of each leaf was refused, since `init`.
 
     A gradient without a finite squared norm is taken as zero in that step, as `project` says. All other leaves move,
@@ -201,7 +209,8 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
       projected gradient, and the largest ‖v‖_F/s of a constrained matrix. `unfed` is the number of matrices that kept
       their scale at the last change of λ because no features, or constant ones, reached them. `degenerate` is the
       number of matrices that never move because there is no radius to give them: `initial_radii="fitted"` of weights
-      that were zero, inside jit, where nothing can be refused. Cheap: they are read.
+      that were zero, inside jit, where nothing can be refused. Cheap: it is
+      counted from the radii, and the others are read.
 
     Raises:
       ValueError: a state of something else.

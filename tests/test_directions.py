@@ -1,0 +1,488 @@
+"""Directions of steepest descent and the optimizers made of them, beside NumPy in float64 and a convex solver."""
+
+import functools
+import json
+import pathlib
+
+import helpers as h
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+
+import fgsgd_jax as fg
+from fgsgd_jax import linalg
+from fgsgd_jax.manifolds import check_steepest
+
+MANIFOLDS = {"euclidean": fg.Euclidean, "sphere": fg.Sphere, "oblique": fg.Oblique, "stiefel": fg.Stiefel}
+WHOLE = "i o -> 1 1 i o"
+msign = jax.jit(linalg.msign, static_argnums=1)
+
+
+@functools.cache
+def directions(kind, method="polar", tangent=True, coarse=False):
+    def steepest(x, g, s):
+        return MANIFOLDS[kind](radius=s).steepest(x, g, method, tangent=tangent, coarse=coarse)
+
+    return jax.jit(steepest)
+
+
+def steepest(kind, x, g, s=1.0, tangent=True):
+    """The rule of each manifold by singular value decompositions."""
+    t = h.project(kind, x, g, s) if tangent else g
+    s = 1.0 if kind == "euclidean" else s
+    if kind == "sphere":
+        return h.spread(s) * t / h.norm(t)[..., None, None]
+    if kind == "oblique":
+        return h.spread(s) * t / np.linalg.norm(t, axis=-2, keepdims=True)
+    u, sigma, vt = np.linalg.svd(t, full_matrices=False)
+    # A skew matrix of odd size has a singular value of 0, and so has what is tangent at a square one.
+    return h.spread(s) * ((u * (sigma > 1e-9 * sigma[..., :1])[..., None, :]) @ vt)
+
+
+def examples(kind, shape, s=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return h.nearest(kind, rng.standard_normal(shape), s), rng.standard_normal(shape)
+
+
+# --- the sign of singular values
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4, 7), (5, 1), (1, 5), (24, 16)], ids=str)
+@pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-12), ("float32", 2e-5)])
+def test_msign_is_the_polar_factor(shape, dtype, limit):
+    y = np.random.default_rng(0).standard_normal((3, *shape))
+    found = msign(jnp.asarray(y, dtype), False)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, h.polar(y), rtol=0, atol=limit)
+    coarse = np.linalg.svd(np.asarray(msign(jnp.asarray(y, dtype), True), np.float64), compute_uv=False)
+    assert np.abs(coarse - 1).max() <= 0.2
+
+
+def test_msign_has_no_direction_where_there_is_none():
+    """Zero stays zero, and a matrix without full rank gets no singular vectors that are not its own."""
+    rng = np.random.default_rng(0)
+    skew = rng.standard_normal((3, 3))
+    skew = jnp.asarray(skew - skew.T)
+    found = msign(skew, False)
+    np.testing.assert_allclose(np.linalg.svd(found, compute_uv=False), [1, 1, 0], atol=1e-10)
+    np.testing.assert_allclose(found, -found.T, atol=1e-10)
+    assert not np.any(msign(jnp.zeros((2, 4, 3)), False))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_msign_takes_any_scale(scale):
+    y = np.random.default_rng(0).standard_normal((5, 3))
+    np.testing.assert_allclose(msign(jnp.asarray(scale * y, "float32"), False), h.polar(y), rtol=0, atol=1e-5)
+
+
+# --- each manifold's direction
+
+
+@pytest.mark.parametrize("kind", h.KINDS)
+@pytest.mark.parametrize("tangent", [True, False])
+@pytest.mark.parametrize("shape", [(4, 5, 3), (4, 3, 5)], ids=str)
+def test_directions_are_those_of_the_rules(kind, tangent, shape):
+    s = np.array([0.1, 1.0, 2.0, 30.0])
+    x, g = examples(kind, shape, s)
+    found = directions(kind, tangent=tangent)(x, g, s)
+    np.testing.assert_allclose(found, steepest(kind, x, g, s, tangent), rtol=0, atol=1e-10)
+
+
+def nuclear_bound(x, g):
+    """The least ‖Π(g) + xΛ‖_* over symmetric Λ: no tangent vector of the unit spectral ball has more of g.
+
+    The dual of the problem, smoothed less and less, by SciPy's quasi-Newton method. Any Λ gives an upper bound.
+    """
+    t = h.project("stiefel", x, g)
+    p = x.shape[-1]
+    upper = np.triu_indices(p)
+
+    def full(coordinates):
+        matrix = np.zeros((p, p))
+        matrix[upper] = coordinates
+        return matrix + matrix.T
+
+    def smoothed(coordinates, delta):
+        u, sigma, vt = np.linalg.svd(t + x @ full(coordinates), full_matrices=False)
+        smooth = np.sqrt(sigma**2 + delta**2)
+        slope = x.T @ (u * (sigma / smooth)) @ vt
+        return smooth.sum(), (slope + slope.T)[upper]
+
+    coordinates = np.zeros(len(upper[0]))
+    for delta in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
+        found = scipy.optimize.minimize(
+            smoothed, coordinates, (delta,), jac=True, method="L-BFGS-B", options={"maxiter": 3000, "maxfun": 9000}
+        )
+        coordinates = found.x
+    return np.linalg.svd(t + x @ full(coordinates), compute_uv=False).sum()
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4, 2), (5, 3), (6, 3), (9, 3), (4, 4), (3, 3), (2, 4), (6, 1)], ids=str)
+def test_dual_attains_the_bound_of_a_convex_solver(shape):
+    x, g = examples("stiefel", (3, *shape))
+    found = np.asarray(directions("stiefel", "dual")(x, g, 1.0))
+    assert np.linalg.norm(found, 2, axis=(-2, -1)).max() <= 1 + 1e-6
+    np.testing.assert_allclose(h.project("stiefel", x, found), found, rtol=0, atol=1e-12)
+    for point, gradient, direction in zip(x, g, found, strict=True):
+        if shape[0] < shape[1]:
+            point, gradient, direction = point.T, gradient.T, direction.T
+        bound = nuclear_bound(point, gradient)
+        value = h.inner(gradient, direction)
+        # The solver's own tolerance, at each side of the tolerance that is promised.
+        assert (1 - 1.2e-4) * bound <= value <= (1 + 1e-6) * bound
+
+
+def test_dual_is_steeper_than_the_tangent_part_of_polar():
+    x, g = examples("stiefel", (20, 5, 3))
+    dual = np.asarray(directions("stiefel", "dual")(x, g, 1.0))
+    polar = h.project("stiefel", x, np.asarray(directions("stiefel")(x, g, 1.0)))
+    polar /= np.maximum(1, np.linalg.norm(polar, 2, axis=(-2, -1)))[:, None, None]
+    assert np.all(h.inner(g, dual) >= (1 - 1e-4) * h.inner(g, polar))
+    assert np.mean(h.inner(g, dual)) > 1.005 * np.mean(h.inner(g, polar))
+
+
+def test_dual_in_float32_and_of_hard_gradients():
+    """Gradients of rank one, without a tangent part, of six decades, and none."""
+    x, _ = examples("stiefel", (4, 6, 4))
+    rng = np.random.default_rng(1)
+    u, v = np.linalg.qr(rng.standard_normal((6, 4)))[0], np.linalg.qr(rng.standard_normal((4, 4)))[0]
+    symmetric = h.sym(rng.standard_normal((4, 4)))
+    g = np.stack([np.outer(u[:, 0], v[0]), x[1] @ symmetric, u * np.logspace(0, -6, 4) @ v, 0 * u])
+    found = np.asarray(directions("stiefel", "dual")(jnp.asarray(x, "float32"), jnp.asarray(g, "float32"), 1.0), float)
+    assert np.all(np.isfinite(found))
+    assert np.linalg.norm(found, 2, axis=(-2, -1)).max() <= 1 + 1e-4
+    np.testing.assert_allclose(h.project("stiefel", x, found), found, rtol=0, atol=1e-6)
+    assert h.inner(g[0], found[0]) >= (1 - 1e-3) * nuclear_bound(x[0], g[0])
+    assert not np.any(found[3])
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"method": "dual", "coarse": True}, "leave out coarse=True"),
+        ({"method": "dual", "tangent": False}, "leave out tangent=False"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(options, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        fg.steepest([("*", None)], **options)
+
+
+def test_methods_are_named_in_the_refusal_of_another():
+    with pytest.raises(ValueError, match=r"choose one of \('polar', 'dual'\)"):
+        check_steepest("newton", True, False)
+
+
+# --- the way back
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "count", "retraction"),
+    [
+        # The shapes are those of the forms that serve CPUs.
+        ("stiefel", (3, 3), 64, "polar"),
+        ("stiefel", (96, 40), 2, "polar"),
+        ("stiefel", (5, 3), 4, "qr"),
+        ("stiefel", (5, 3), 4, "cayley"),
+        ("stiefel", (3, 5), 4, "cayley"),
+        ("stiefel", (5, 3), 4, "exp"),
+        ("sphere", (3, 3), 64, "polar"),
+        ("sphere", (40, 30), 2, "polar"),
+        ("oblique", (3, 3), 64, "polar"),
+        ("oblique", (40, 30), 2, "polar"),
+    ],
+    ids=str,
+)
+def test_retract_takes_what_is_not_tangent(kind, shape, count, retraction):
+    """Polar retractions go to the point nearest to ω + v; those that know tangent vectors alone project v."""
+    manifold = fg.Stiefel(radius=2.0, retraction=retraction) if kind == "stiefel" else MANIFOLDS[kind](radius=2.0)
+    x, g = examples(kind, (1, count, *shape), 2.0)
+    v = -0.7 * steepest(kind, x, g, 2.0, tangent=False)
+    link = fg.retract([("w", fg.Each(manifold, view="i o r c -> i o r c"))])
+    params, updates = {"w": jnp.asarray(x)}, {"w": jnp.asarray(v)}
+    moved, _ = jax.jit(link.update)(updates, link.init(params), params)
+    reached = x + np.asarray(moved["w"])
+    assert h.violation(kind, reached, 2.0).max() <= 1e-13
+    if retraction == "polar":
+        expected = h.nearest(kind, x + v, 2.0)
+    else:
+        own = v if retraction == "qr" else h.project(kind, x, v, 2.0)
+        expected = np.stack([h.retract(kind, retraction, *pair, 2.0) for pair in zip(x[0], own[0], strict=True)])[None]
+    np.testing.assert_allclose(reached, expected, rtol=0, atol=1e-11)
+
+
+# --- the link
+
+
+RULES = [
+    ("stiefel", fg.Whole(fg.Stiefel(radius=2.0), view=WHOLE)),
+    ("heads", fg.Whole(fg.Stiefel(), view="i h d -> 1 h i d")),
+    ("slices", fg.PIO([fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean()])),
+    ("euclidean", fg.Whole(fg.Euclidean(), view=WHOLE)),
+    ("*", None),
+]
+
+
+@functools.cache
+def mixed(dtype="float64"):
+    """Parameters by matrices, heads and slices, of several manifolds and radii, one without a collection; gradients."""
+    shapes = {"stiefel": (4, 6), "heads": (6, 2, 3), "slices": (3, 3, 2, 4), "euclidean": (4, 3), "bias": (4,)}
+    zeros = {path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}
+    params = fg.initialize(jax.random.key(0), gradients_of(zeros, 0), RULES)
+    return params, gradients_of(zeros, 1)
+
+
+def gradients_of(params, step):
+    keys = jax.random.split(jax.random.key(step), len(params))
+    return {path: jax.random.normal(key, x.shape, x.dtype) for key, (path, x) in zip(keys, params.items(), strict=True)}
+
+
+def each_matrix(params):
+    """Path, index, manifold's name and radius of every matrix."""
+    plan = fg.plan(params, RULES)
+    for path, collection in plan.collections.items():
+        grid = collection.view.grid[:2]
+        gamma = np.broadcast_to(collection.gamma, grid)
+        for index in np.ndindex(grid):
+            manifold = collection.manifolds[collection.member[index]]
+            yield path, index, type(manifold).__name__.lower(), float(gamma[index])
+
+
+def split(plan, path, tensor):
+    return np.asarray(plan[path].view.split(jnp.asarray(tensor)), np.float64)
+
+
+@pytest.mark.parametrize("tangent", [True, False])
+def test_link_gives_each_matrix_its_own_direction(tangent):
+    params, gradients = mixed()
+    plan, link = fg.plan(params, RULES), fg.steepest(RULES, tangent=tangent)
+    updates, _ = jax.jit(link.update)(gradients, link.init(params), params)
+    for path, index, kind, s in each_matrix(params):
+        x, g, u = (split(plan, path, tree[path])[index] for tree in (params, gradients, updates))
+        np.testing.assert_allclose(u, steepest(kind, x, g, s, tangent), rtol=0, atol=1e-8, err_msg=path)
+    np.testing.assert_array_equal(updates["bias"], gradients["bias"])
+
+
+def test_no_gradient_no_direction():
+    params, gradients = mixed()
+    still = jax.tree.map(jnp.zeros_like, gradients)
+    link = fg.steepest(RULES, "dual")
+    updates, _ = jax.jit(link.update)(still, link.init(params), params)
+    assert all(not np.any(update) for update in updates.values())
+
+
+def test_zeta_before_a_direction_means_nothing():
+    params, gradients = mixed()
+    alone = fg.steepest(RULES)
+    behind = optax.chain(fg.project(RULES), fg.normalize_by_zeta(RULES), fg.steepest(RULES))
+    expected, _ = jax.jit(alone.update)(gradients, alone.init(params), params)
+    found, _ = jax.jit(behind.update)(gradients, behind.init(params), params)
+    for path in fg.plan(params, RULES).collections:
+        np.testing.assert_allclose(found[path], expected[path], rtol=0, atol=1e-9, err_msg=path)
+
+
+# --- optimizers beside NumPy
+
+
+class Reference:
+    """One matrix at a time, from the formulas of the sources; `direction` is its rule for a momentum."""
+
+    def __init__(self, params, direction, rate):
+        self.matrices, self.plan = list(each_matrix(params)), fg.plan(params, RULES)
+        self.points = {(path, index): split(self.plan, path, params[path])[index] for path, index, *_ in self.matrices}
+        self.direction, self.rate = direction, rate
+
+    def step(self, momenta):
+        for path, index, kind, s in self.matrices:
+            x, m = self.points[path, index], split(self.plan, path, momenta[path])[index]
+            u = self.direction(kind, x, m, s)
+            self.points[path, index] = h.nearest(kind, x - self.rate * u, s)
+
+    def check(self, params, limit):
+        for (path, index), x in self.points.items():
+            np.testing.assert_allclose(split(self.plan, path, params[path])[index], x, rtol=0, atol=limit, err_msg=path)
+
+
+@pytest.mark.parametrize("nesterov", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_spel_beside_the_reference(nesterov):
+    params, _ = mixed()
+    tx = fg.spel(0.1, RULES, 0.9, nesterov=nesterov, free=optax.sgd(0.5))
+    state, update = tx.init(params), jax.jit(tx.update)
+    theirs, bias = Reference(params, steepest, 0.1), np.asarray(params["bias"])
+    buffers = dict.fromkeys(params, 0.0)
+    for step in range(5):
+        gradients = gradients_of(params, step)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        # The average (1 - μ) Σ μ^k g of the source has the direction of this sum.
+        buffers = {path: 0.9 * buffers[path] + np.asarray(g) for path, g in gradients.items()}
+        ahead = {path: 0.9 * buffers[path] + np.asarray(g) for path, g in gradients.items()}
+        theirs.step(ahead if nesterov else buffers)
+        bias = bias - 0.5 * np.asarray(gradients["bias"])
+    theirs.check(params, 1e-8)
+    np.testing.assert_allclose(params["bias"], bias, rtol=0, atol=1e-12)
+    assert max(map(float, fg.violation(params, RULES).values())) <= 1e-12
+
+
+def test_manifold_muon_beside_the_reference(lenient_promotion):
+    """The reference takes the directions that the tests above hold against the convex solver."""
+    params, _ = mixed()
+    tx = fg.manifold_muon(0.1, RULES, 0.9)
+
+    def dual(kind, x, m, s):
+        if kind != "stiefel":
+            return steepest(kind, x, m, s)
+        return np.asarray(directions("stiefel", "dual")(x, m, s))
+
+    state, update = tx.init(params), jax.jit(tx.update)
+    theirs = Reference(params, dual, 0.1)
+    buffers = dict.fromkeys(params, 0.0)
+    for step in range(3):
+        gradients = gradients_of(params, step)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        buffers = {path: 0.9 * buffers[path] + np.asarray(g) for path, g in gradients.items()}
+        theirs.step(buffers)
+    # Matrices that are done in one batch stop together, so that all but the slowest are found more exactly.
+    theirs.check(params, 2e-2)
+    assert max(map(float, fg.violation(params, RULES).values())) <= 1e-12
+
+
+def test_hyperball_beside_the_reference(lenient_promotion):
+    """Around Adam written out (with ε = 1: else its first update is a matrix of signs, often singular)."""
+    params, _ = mixed()
+    tx = fg.hyperball(optax.adam(1e-2, eps=1.0), RULES, 0.1)
+    state, update = tx.init(params), jax.jit(tx.update)
+    theirs = Reference(params, lambda *args: steepest(*args, tangent=False), 0.1)
+    first, second = ({path: np.zeros(x.shape) for path, x in params.items()} for _ in range(2))
+    bias = np.asarray(params["bias"])
+    for step in range(5):
+        gradients = gradients_of(params, step)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        adam = {}
+        for path, g in gradients.items():
+            first[path] = 0.9 * first[path] + 0.1 * np.asarray(g)
+            second[path] = 0.999 * second[path] + 0.001 * np.asarray(g) ** 2
+            corrected = first[path] / (1 - 0.9 ** (step + 1)), second[path] / (1 - 0.999 ** (step + 1))
+            adam[path] = corrected[0] / (np.sqrt(corrected[1]) + 1)
+        theirs.step(adam)
+        bias = bias - 1e-2 * adam["bias"]
+    theirs.check(params, 1e-7)
+    np.testing.assert_allclose(params["bias"], bias, rtol=0, atol=1e-9)
+
+
+def fast_only(*names):
+    """Every optimizer; those that are not named take long."""
+    return pytest.mark.parametrize(
+        "name", [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in MAKE]
+    )
+
+
+MAKE = {
+    "spel": lambda rules: fg.spel(0.05, rules),
+    "spel, coarse": lambda rules: fg.spel(0.05, rules, coarse=True),
+    "manifold_muon": lambda rules: fg.manifold_muon(0.05, rules),
+    "hyperball": lambda rules: fg.hyperball(optax.adam(1e-2), rules, 0.05),
+}
+
+
+@fast_only("spel", "hyperball")
+def test_a_gradient_that_is_no_number_is_refused(name, lenient_promotion):
+    params, gradients = mixed()
+    tx = MAKE[name](RULES)
+    bad = {path: jnp.full_like(g, jnp.nan) if path in ("heads", "bias") else g for path, g in gradients.items()}
+    updates, state = jax.jit(tx.update)(bad, tx.init(params), params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+    assert {path: int(count) for path, count in fg.refused(state).items() if count} == {"heads": 1, "bias": 1}
+    assert np.abs(updates["heads"]).max() <= 1e-15
+    assert np.abs(updates["stiefel"]).max() > 1e-3
+
+
+@fast_only("spel, coarse", "manifold_muon")
+def test_float32_weights_stay_on_their_manifolds(name, users_settings):
+    params, _ = mixed("float32")
+    tx = MAKE[name](RULES)
+
+    @jax.jit
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for number in range(20):
+        params, state = step(params, state, gradients_of(params, number))
+    assert max(map(float, fg.violation(params, RULES).values())) <= 1e-6
+
+
+def test_a_plan_does_as_its_rules(lenient_promotion):
+    params, gradients = mixed()
+    found = []
+    for plan in (RULES, fg.plan(params, RULES)):
+        tx = fg.spel(0.05, plan)
+        found.append(jax.jit(tx.update)(gradients, tx.init(params), params)[0])
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_one_step_is_so_many_radii(lenient_promotion):
+    """The learning rate is relative to the radius: the same relative step at every radius."""
+    lengths = []
+    for radius in (1e-3, 1.0, 50.0):
+        params = {"w": radius * jnp.eye(6, 4, dtype=jnp.float64)}
+        tx = fg.spel(0.05, [("w", fg.Whole(fg.Stiefel(radius=radius), view=WHOLE))])
+        gradients = {"w": jnp.cos(jnp.arange(24, dtype=jnp.float64)).reshape(6, 4)}
+        updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
+        lengths.append(float(jnp.linalg.norm(updates["w"])) / radius)
+    np.testing.assert_allclose(lengths, lengths[0], rtol=1e-6)
+
+
+def test_nnx_model(users_settings):
+    from flax import nnx
+
+    model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    rules = [("kernel", fg.Whole(fg.Stiefel(), view=WHOLE)), ("*", None)]
+    nnx.update(model, fg.initialize(jax.random.key(0), nnx.state(model, nnx.Param), rules))
+    before = model.bias[...]
+    for make in (MAKE["spel"], MAKE["hyperball"]):
+        optimizer = nnx.Optimizer(model, make(rules), wrt=nnx.Param)
+        grads = nnx.grad(lambda model: jnp.sum(jnp.square(model(jnp.ones((2, 6))) - 1)))(model)
+        optimizer.update(model, grads)
+        assert fg.violation(nnx.state(model, nnx.Param), rules)["kernel"] <= 1e-6
+    assert np.any(model.bias[...] != before)
+
+
+def test_the_page_shows_the_optimal_rates_over_widths():
+    """As benchmarks/widths.py found them: relative to the radius, one rate serves all widths."""
+    widths = pytest.importorskip("widths")
+    rows = json.loads(widths.RESULTS.read_text())["rows"]
+    page = pathlib.Path(__file__).parent.parent / "docs/directions.md"
+    assert widths.table(rows) in page.read_text()
+    for name in ("fg.spel", "fg.manifold_muon", "fg.hyperball(adam)"):
+        found = [row["optimum"] for row in rows if row["optimizer"] == name]
+        assert len(found) == len(widths.WIDTHS)
+        assert max(found) <= 1.5 * min(found)
+
+
+def test_weight_decay_is_refused(lenient_promotion):
+    params, _ = mixed()
+    for make in (fg.spel, fg.manifold_muon):
+        with pytest.raises(ValueError, match="normal to the manifold"):
+            make(0.1, RULES, weight_decay=0.1)
+        make(0.1, RULES, weight_decay=0.0)
+    with pytest.raises(ValueError, match="decays in the optimizer inside"):
+        fg.hyperball(optax.adamw(1e-3), RULES).init(params)
+    fg.hyperball(optax.noisy_sgd(1e-3, key=0), RULES).init(params)
+    fg.hyperball(optax.adamw(1e-3, mask=fg.plan(params, RULES).mask), RULES).init(params)
+
+
+def test_displacements_that_were_changed_are_noticed():
+    params, rules = {"w": jnp.eye(3, 1)}, [("w", fg.Whole(fg.Sphere(), view=WHOLE))]
+    tx = optax.chain(fg.hyperball(optax.sgd(1e-3), rules), optax.scale(0.5))
+    state, update = tx.init(params), jax.jit(tx.update)
+    updates, state = update({"w": jnp.ones((3, 1))}, state, params)
+    with pytest.raises(ValueError, match="has left its manifolds"):
+        tx.update(updates, state, optax.apply_updates(params, jax.tree.map(lambda u: 9 * u, updates)))
