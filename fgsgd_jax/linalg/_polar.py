@@ -53,7 +53,6 @@ def polar(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
 
 def polar_iteration(y: Float[Array, "*batch n p"]) -> tuple[Float[Array, "*batch n p"], Bool[Array, "*batch 1 1"]]:
     """Polar factors by as many turns as the matrix that is furthest from orthonormal takes, and which converged."""
-
     enough = (2 / 3 * float(jnp.finfo(y.dtype).eps)) ** 0.5
 
     def unfinished(carry):
