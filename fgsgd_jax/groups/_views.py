@@ -135,6 +135,12 @@ class View:
         return inputs, outputs, rows, cols
 
     @property
+    def axes(self) -> tuple[list[list[str]], list[list[str]]]:
+        """The names that make up each axis of a tensor, and each of inputs, outputs, rows and columns."""
+        left, right = self.pattern.split("->")
+        return _axes(left, self.pattern), _axes(right, self.pattern)
+
+    @property
     def mixes_channels(self) -> bool:
         """Whether a point takes in all inputs or all outputs: one matrix per layer, head or neuron."""
         inputs, outputs, *_ = _axes(self.pattern.split("->")[1], self.pattern)

@@ -106,7 +106,7 @@ def on_manifolds(
         own, points = state._replace(inner=None), call.constrained
         gradients = {path: call.leaves[path] for path in points}
         tangents, refused = automatic(line_5, points, gradients, own, like=(points, state.refused.constrained))
-        free, refused = algorithm.without_refused_free(call.free, state.refused, refused)
+        free, refused_free = algorithm.without_refused_free(call.free)
         directions, inner_state = inner.update(call.answer(free | tangents), state.inner, params, **extra_args)
         follow = called("fg.on_manifolds(inner)", call.plan, directions, params)
         like = points, before, state.step_ratio
@@ -114,7 +114,11 @@ def on_manifolds(
             lines_7_and_8, points, {path: follow.leaves[path] for path in points}, own, feature_moments, like=like
         )
         return follow.answer(displacements), state._replace(
-            radii=after.radii, lambdas=after.lambdas, inner=inner_state, step_ratio=ratio, refused=refused
+            radii=after.radii,
+            lambdas=after.lambdas,
+            inner=inner_state,
+            step_ratio=ratio,
+            refused=algorithm.counted(state.refused, refused, refused_free),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

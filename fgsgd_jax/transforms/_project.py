@@ -76,7 +76,8 @@ def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTra
         passed, refused = automatic(
             line_5 if projects else as_they_are, state.kinds, call.constrained, call.leaves, like=like
         )
-        free, refused = algorithm.without_refused_free(call.free, state.refused, refused)
-        return call.answer(free | passed), state._replace(refused=refused)
+        free, refused_free = algorithm.without_refused_free(call.free)
+        counts = algorithm.counted(state.refused, refused, refused_free)
+        return call.answer(free | passed), state._replace(refused=counts)
 
     return optax.GradientTransformationExtraArgs(init, update)
