@@ -25,6 +25,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MultipleLocator
 
 import fgsgd_jax as fg
+from fgsgd_jax.experiments._demo_picture import tiles
 from fgsgd_jax.experiments._paired import paired_difference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -342,6 +343,33 @@ def _draw_collection(axes: Axes, collection: Figures) -> None:
     axes.set_frame_on(False)
 
 
+def slices_figures() -> Figures:
+    """The entries of a layer's slices as `fg.initialize` draws them under PIO."""
+    start = {"kernel": jnp.zeros((3, 3, 8, 12), "float32")}
+    rules = [("kernel", fg.PIO([fg.Sphere(), fg.Oblique(), fg.Stiefel()]))]
+    plan = fg.plan(start, rules)
+    kernel = np.asarray(fg.initialize(jax.random.key(0), start, plan)["kernel"], np.float64)
+    collection = plan["kernel"]
+    return {
+        "names": [type(manifold).__name__ for manifold in collection.manifolds],
+        "member": collection.member.tolist(),
+        "kernel": kernel.round(2).tolist(),
+    }
+
+
+def draw_slices(figure: Figure, found: Figures) -> None:
+    axes = figure.subplots()
+    pixels = tiles(np.array(found["kernel"]), np.array(found["member"]), found["names"])
+    gaps = (pixels == 1).all(axis=-1, keepdims=True)
+    pixels = np.concatenate([pixels, 1.0 - gaps], axis=-1)
+    # Enlarged here: browsers blur what they enlarge.
+    axes.imshow(pixels.repeat(12, axis=0).repeat(12, axis=1), interpolation="none")
+    axes.set(xticks=[], yticks=[], xlabel="12 outputs", ylabel="8 inputs")
+    axes.set_frame_on(False)
+    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+
+
 MANIFOLDS = {
     "free": fg.Euclidean(),
     "Sphere: total length 1": fg.Sphere(),
@@ -443,6 +471,7 @@ def draw_views(figure: Figure, found: Figures) -> None:
 
 PICTURES = {
     "collections": Picture(collections_figures, draw_collections, 2.1),
+    "slices": Picture(slices_figures, draw_slices, 3.6),
     "manifolds": Picture(manifolds_figures, draw_manifolds, 4.6),
     "retractions": Picture(retractions_figures, draw_retractions, 3.2),
     "views": Picture(views_figures, draw_views, 6.4),
