@@ -88,7 +88,7 @@ def merge_over(moments: FeatureMoments, axis: int | tuple[int, ...], keepdims: b
 
 
 def psum_moments(moments: Any, axis_name: Any) -> Any:
-    """Moments over all devices of a mapped axis, in `shard_map` or `pmap`, of a tree with `FeatureMoments` in it.
+    """Adds up the `FeatureMoments` of a tree over all devices of a mapped axis, in `shard_map` or `pmap`.
 
     Under `jit` with sharded arrays nothing is needed: there the features are those of the global batch.
 

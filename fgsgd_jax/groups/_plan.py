@@ -107,7 +107,7 @@ class Plan:
         `update` (arrays). Optax also takes the method itself, `mask=plan.mask`.
 
         Args:
-          params: the parameters, or a part of them; needed of a plan that was read from JSON, which knows no tree.
+          params: the parameters, or a part of them; needed if the plan was read from JSON, which holds no tree.
         """
         return self._labelled(lambda path: not self._constrained(path), params)
 

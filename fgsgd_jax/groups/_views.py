@@ -85,7 +85,7 @@ class View:
           **sizes: of the axes that the shape leaves open.
 
         Raises:
-          ValueError: a pattern that is none, does not fit the shape, or has a name that the shape leaves open.
+          ValueError: for an invalid pattern, one that does not fit the shape, or a name that the shape leaves open.
         """
         if pattern in _NAMED:
             pattern = _pattern_of(pattern, shape)
@@ -142,7 +142,7 @@ class View:
 
     @property
     def mixes_channels(self) -> bool:
-        """Whether a point takes in all inputs or all outputs: one matrix per layer, head or neuron."""
+        """Whether one matrix covers all inputs or all outputs: one per layer, head or neuron."""
         inputs, outputs, *_ = _axes(self.pattern.split("->")[1], self.pattern)
         return not inputs or not outputs
 

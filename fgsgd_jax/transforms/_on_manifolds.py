@@ -30,21 +30,21 @@ def on_manifolds(
     gradient has no finite squared norm is refused, as in `project`: `inner` is given zeros.
 
     Args:
-      inner: the optimizer, learning rate included: its updates are meant to be added to the weights. Where they are
-        zero constrained weights still move, by round-off: they are set to their radius.
+      inner: the optimizer, learning rate included: its updates are meant to be added to the weights. Even where they
+        are zero, constrained weights move by round-off, because every step sets them to their radius.
       plan: the plan of the parameters, or its rules.
       rescaling: the options of λ; None for λ = 1.
       initial_radii: of the first epoch; see `rescale`.
-      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
-        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
-        displacements. None to have every device do all of it.
+      share_out: a mesh whose devices divide the retractions of large matrices among them, for data-parallel training,
+        where every device holds all weights. It costs a gather of the displacements. None: every device retracts all of
+        them.
       **old: keywords of version 0.1, which warn; see `rescale`.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`; other extra arguments go to `inner`.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for invalid options.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -16,8 +16,8 @@ def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
     Each matrix's update becomes Π_ω(g) at its weight ω. The radius is that of the weight as given.
 
     A leaf without a finite squared norm (it holds NaN or infinity, or is longer than 10¹⁹ in float32, where ζ leaves
-    nothing of a step) is refused, be it constrained or not: it becomes zero in this step, and `fg.refused` counts it.
-    So no such number reaches a weight or the state of any link behind. All other leaves are projected, or pass through.
+    nothing of a step) is refused, constrained or not: it becomes zero in this step, and `fg.refused` counts it. No such
+    number reaches a weight or the state of a later link. All other leaves are projected, or pass through.
 
     Args:
       plan: the plan of the parameters, or its rules.
