@@ -538,8 +538,8 @@ def guarded() -> None:
 
 HEAD = """# Trees and tools
 
-Written by `python tools/trees.py` and held by the tests: not written by hand. Every row is a test in
-`tests/test_trees.py`, by the name that stands in it. *Works* means: the plan finds every leaf, two steps move all
+`python tools/trees.py` writes this page, and the tests compare it. Every row names its test in `tests/test_trees.py`.
+*Works* means: the plan finds every leaf, two steps move all
 weights and keep them on their manifolds, and `fg.radii`, `fg.metrics`, `fg.refused` and `fg.nearest` read the state.
 *Refused* is an error that names the path, what was found, and what to write. Which optimizers of Optax work, and in
 which of its wrappers, is in [what runs on manifolds](compatibility.md).
