@@ -83,11 +83,7 @@ def on_manifolds(
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def line_5(points: ByPath, gradients: ByPath, state: Any) -> Any:
-            points, gradients = algorithm.packed(call.plan, points, gradients)
-            found = algorithm.project(call.plan, state.kinds, state.radii, points, gradients)
-            tangents = algorithm.without_refused(call.plan, found.tangents, found.refused)
-            tangents = {path: t.astype(gradients[path].dtype) for path, t in tangents.items()}
-            return algorithm.apart(call.plan, tangents), found.refused
+            return algorithm.projected(call.plan, state.kinds, state.radii, points, gradients)
 
         def lines_7_and_8(points: ByPath, directions: ByPath, state: Any, feature_moments: Any) -> Any:
             after = scale.advance(ScaleState(state.radii, state.lambdas), state.kinds, feature_moments)

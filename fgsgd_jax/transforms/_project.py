@@ -59,12 +59,7 @@ def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTra
         call = called(link, plan, updates, params)
 
         def line_5(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
-            points, gradients = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
-            radii = algorithm.radii_of(call.plan, kinds, points)
-            found = algorithm.project(call.plan, kinds, radii, points, gradients)
-            tangents = algorithm.without_refused(call.plan, found.tangents, found.refused)
-            tangents = {path: t.astype(gradients[path].dtype) for path, t in tangents.items()}
-            return algorithm.apart(call.plan, tangents), found.refused
+            return algorithm.projected(call.plan, kinds, None, points, {path: leaves[path] for path in points})
 
         def as_they_are(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
             del kinds
