@@ -241,7 +241,8 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
         if hasattr(found, "radii"):
             stuck = [
                 jnp.sum(~is_scale(radius, radius.dtype), axis=range(1, radius.ndim), dtype=jnp.int32)
-                for radius in found.radii
+                # An `nnx.Optimizer` keeps each array in a variable, which does not compare.
+                for radius in map(jnp.asarray, found.radii)
             ]
             of_state.append(("degenerate", itertools.chain(*stuck)))
         for name, values in of_state:
