@@ -265,6 +265,30 @@ def test_fitted_radii_need_numbers(make):
 
 
 @pytest.mark.parametrize("make", [fg.fgsgd, fg.riemannian_adam], ids=["fgsgd", "riemannian_adam"])
+def test_leaves_that_are_no_arrays_are_named(make):
+    """As of an equinox model that was not filtered, given as gradients or as parameters."""
+    params, plan = setting()
+    params = fg.initialize(jax.random.key(0), params, plan)
+    tx = make(0.1, plan)
+    state = tx.init(params)
+    unfiltered = params | {"activation": jax.nn.relu}
+    for role, trees in (("updates", (unfiltered, state, params)), ("parameters", (params, state, unfiltered))):
+        with pytest.raises(TypeError, match=rf"activation: the {role} are arrays, .*eqx.filter\(model"):
+            tx.update(*trees)
+
+
+@pytest.mark.parametrize("make", [fg.fgsgd, fg.riemannian_adam], ids=["fgsgd", "riemannian_adam"])
+def test_gradients_of_numpy_outside_jit(make):
+    params, plan = setting()
+    params = fg.initialize(jax.random.key(0), params, plan)
+    tx = make(0.1, plan)
+    grads = jax.tree.map(jnp.sin, params)
+    expected, _ = tx.update(grads, tx.init(params), params)
+    found, _ = tx.update(jax.tree.map(np.asarray, grads), tx.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("make", [fg.fgsgd, fg.riemannian_adam], ids=["fgsgd", "riemannian_adam"])
 def test_none_among_the_gradients_is_named(make):
     params, plan = setting()
     params = fg.initialize(jax.random.key(0), params, plan)

@@ -17,7 +17,7 @@ def matrix_moments(moments: FeatureMoments, view: View, shape: tuple[int, ...], 
       moments: of the features that enter a weight of `shape`.
       view: the weight's grid of matrices.
       shape: of the weight.
-      layer_axes: so many leading axes of the weight, and of the moments, stack layers.
+      layer_axes: how many leading axes of the weight, and of the moments, stack layers.
 
     Raises:
       ValueError: if the channels are not those of the weight.

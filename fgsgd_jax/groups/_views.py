@@ -5,10 +5,13 @@ import difflib
 import functools
 import math
 import re
+from typing import TypeVar
 
 import einops
 import numpy as np
 from jaxtyping import Array, Float
+
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 # The patterns of the named views by number of axes. "heads" is decided by the lengths of the axes, too.
 _NAMED = {
@@ -146,9 +149,7 @@ class View:
         inputs, outputs, *_ = _axes(self.pattern.split("->")[1], self.pattern)
         return not inputs or not outputs
 
-    def split(
-        self, x: Float[Array | np.ndarray, "..."]
-    ) -> Float[Array | np.ndarray, "*batch inputs outputs rows cols"]:
+    def split(self, x: Float[AnyArray, "..."]) -> Float[AnyArray, "*batch inputs outputs rows cols"]:
         """The grid of matrices of a tensor."""
         left, right = self.pattern.split("->")
         return einops.rearrange(x, f"... {left} -> ... {right}", **dict(self.sizes))

@@ -209,7 +209,7 @@ class _Part(NamedTuple):
         return {path: numbered[number] for number, path in zip(self.bucket.paths, self.paths, strict=True)}
 
 
-# So many parameters are handled by one program: the time to compile it grows with them.
+# Parameters per program: the time to compile it grows with them.
 _PARAMETERS = 32
 
 

@@ -181,7 +181,8 @@ def _lowering(form_of: Callable[[Operation, Sequence[Layer]], ModuleType]) -> An
 
 
 def _on_cpu(operation: Operation, layers: Sequence[Layer]) -> ModuleType:
-    return form_for(operation.manifolds, *layers[0].x.shape[-2:], _count(layers))
+    n, p = layers[0].x.shape[-2:]
+    return form_for(operation.manifolds, n, p, _count(layers))
 
 
 def _on_tpu(operation: Operation, layers: Sequence[Layer]) -> ModuleType:

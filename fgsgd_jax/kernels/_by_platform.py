@@ -89,13 +89,14 @@ _by_platform_p.multiple_results = True
 
 
 @_by_platform_p.def_impl
-def _eager(*leaves: Array, default: Way, ways: Any, types: Any) -> list[Array]:
+def _eager(*leaves: Any, default: Way, ways: Any, types: Any) -> list[Array]:
     del types
-    devices = set().union(*(leaf.devices() for leaf in leaves))
+    arrays = [jnp.asarray(leaf) for leaf in leaves]  # some may be NumPy's
+    devices = set().union(*(array.devices() for array in arrays))
     names = {"cuda" if device.platform == "gpu" else device.platform for device in devices}
     of = dict(ways).get(names.pop()) if len(devices) == 1 else None
     # Not jitted: the functions are new in every call, and would be compiled in every call.
-    return (default if of is None else of(Program(False, False)))(*leaves)
+    return (default if of is None else of(Program(False, False)))(*arrays)
 
 
 @_by_platform_p.def_abstract_eval

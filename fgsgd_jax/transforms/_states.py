@@ -185,7 +185,7 @@ def refused(state: Any) -> dict[str, Int[Array | np.ndarray | np.generic, ""]]:
       >>> bool(jnp.all(updates["bias"] == 0)), int(fg.refused(state)["bias"]), int(fg.refused(state)["scale"])
       (True, 1, 0)
     """
-    counts: dict[str, Array] = {}
+    counts: dict[str, Any] = {}
     for found in _find(state):
         if isinstance(found, (ProjectState, FgsgdState, OnManifoldsState)):
             own = dict(zip(_names(found), found.refused.constrained, strict=True)) | found.refused.free
