@@ -3,8 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ..manifolds import Manifold, Mixture
-from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _share_out, _tpu_matrices, _xla
+from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _matrices, _share_out, _xla
 from ._by_platform import by_platform
 from ._layers import Layer, Results, unpacked
 
 # In the order of preference. What none of them serves, and every other backend, gets the reference.
 _ON_CPU = (_cpu_planes, _cpu_lengths, _cpu_chunks)
+_ON_ACCELERATORS = {"tpu": _matrices.TPU, "cuda": _matrices.GPU}
+
+# A module, or an object, with `serves`, `tangent` and `step`.
+Form = Any
 
 
 class Operation(NamedTuple):
@@ -27,7 +30,7 @@ class Operation(NamedTuple):
     is_step: bool
     is_tangent: bool = False
 
-    def by(self, form: ModuleType, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
+    def by(self, form: Form, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
         """The results of one form."""
         if self.is_step:
             return form.step(self.manifolds, layers, factor, self.is_tangent)
@@ -83,7 +86,7 @@ def step(
     )
 
 
-def form_for(manifolds: tuple[Manifold, ...], n: int, p: int, count: int, is_shared: bool = False) -> ModuleType:
+def form_for(manifolds: tuple[Manifold, ...], n: int, p: int, count: int, is_shared: bool = False) -> Form:
     """The form that serves `count` n×p matrices on these manifolds on CPU; `is_shared` as in `Program`."""
     # Joined, layers lose the axes along which they are shared out over devices.
     if is_shared:
@@ -125,7 +128,7 @@ def _by_group(
 def _by_platform(
     operation: Operation, layers: Sequence[Layer], factor: Float[Array, ""]
 ) -> tuple[list[Array], list[Array]]:
-    def by(form: ModuleType) -> Callable[..., Results]:
+    def by(form: Form) -> Callable[..., Results]:
         return functools.partial(_run, form, operation)
 
     def of_instances(layers: Sequence[Layer], factors: Float[Array, "size"]) -> Results:
@@ -135,16 +138,15 @@ def _by_platform(
 
     n, p = layers[0].x.shape[-2:]
     given = operation.manifolds, n, p, _count(layers)
-    ways = {"cpu": lambda program: by(form_for(*given, program.is_shared)), "tpu": lambda program: by(_on_tpu(*given))}
+    ways = {"cpu": lambda program: by(form_for(*given, program.is_shared))}
+    for platform, form in _ON_ACCELERATORS.items():
+        if form.serves(*given):
+            ways[platform] = lambda program, form=form: by(form)
     like = [layer.x for layer in layers], [layer.radius for layer in layers]
     # A loop whose length is found at run time has no derivative: that is the reference's.
     return by_platform(by(_xla), ways, like, list(layers), factor, batched=of_instances)
 
 
-def _on_tpu(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> ModuleType:
-    return _tpu_matrices if _tpu_matrices.serves(manifolds, n, p, count) else _xla
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _run(form: ModuleType, operation: Operation, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
+def _run(form: Form, operation: Operation, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
     return operation.by(form, layers, factor)
