@@ -179,14 +179,14 @@ def refuse_other_options(folder: Path, config: TrainConfig) -> None:
         raise UsageError(f"the run in {folder} had other options: {difference}; give another --run-dir for a new run")
     if config.epochs < before.epochs:
         raise UsageError(
-            f"--epochs {config.epochs}: the run in {folder} is one of {before.epochs} epochs; it can go on for more of "
-            "them, not for fewer: leave the option out, or give another --run-dir for a new run"
+            f"--epochs {config.epochs}: the run in {folder} is one of {before.epochs} epochs; a run can be extended, "
+            "not shortened: leave the option out, or give another --run-dir for a new run"
         )
     if config.epochs > before.epochs and before.schedule != CONSTANT:
         raise UsageError(
-            f"--epochs {config.epochs}: the rates of the run in {folder} were drawn over {before.epochs} epochs "
-            f"(--schedule {before.schedule}), so that every step of a longer one is another; train that anew in "
-            f"another --run-dir, with --schedule {CONSTANT} if it is to be made longer later"
+            f"--epochs {config.epochs}: the run in {folder} has --schedule {before.schedule}, drawn over "
+            f"{before.epochs} epochs, so a longer run has other rates from its first step; start it in another "
+            f"--run-dir, and with --schedule {CONSTANT} if you may want to extend it"
         )
 
 

@@ -132,7 +132,8 @@ def _by_platform(
         return functools.partial(_run, form, operation)
 
     def of_instances(layers: Sequence[Layer], factors: Float[Array, "size"]) -> Results:
-        """The matrices of all instances as those of one: lines 5 and 7 are linear in the direction."""
+        """The matrices of all instances as those of one."""
+        # v of line 7 is linear in the direction, and the factor of line 5 is 1.
         own = [layer._replace(w=layer.w * factors.reshape(-1, *(1,) * (layer.w.ndim - 1))) for layer in layers]
         return _by_platform(operation, own, jnp.ones_like(factors[0]))
 

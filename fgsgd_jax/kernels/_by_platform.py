@@ -97,15 +97,16 @@ _by_platform_p.multiple_results = True
 
 
 @_by_platform_p.def_impl
-def _eager(*leaves: Array, default: Way, ways: Any, **params: Any) -> list[Array]:
+def _eager(*leaves: Any, default: Way, ways: Any, **params: Any) -> list[Array]:
     del params
-    devices = set().union(*(leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array)))
+    arrays = [jnp.asarray(leaf) for leaf in leaves]  # some may be NumPy's
+    devices = set().union(*(array.devices() for array in arrays))
     names = {"cuda" if device.platform == "gpu" else device.platform for device in devices}
     of = dict(ways).get(names.pop()) if len(devices) == 1 else None
     # Not jitted: these functions are new in every call. What they call may be, even where a user has all else run
     # operation by operation.
     with jax.disable_jit(False):
-        return (default if of is None else of(Program(False, False)))(*leaves)
+        return (default if of is None else of(Program(False, False)))(*arrays)
 
 
 @_by_platform_p.def_abstract_eval

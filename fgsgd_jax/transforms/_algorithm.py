@@ -261,6 +261,19 @@ def without_refused(plan: Plan, tangents: ByPath, refused: Bool[Array, "paths"])
     return result
 
 
+def projected(
+    plan: Plan, kinds: Stacks, radii: Stacks | None, points: ByPath, gradients: ByPath
+) -> tuple[ByPath, Bool[Array, "paths"]]:
+    """Line 5 alone: tangent vectors in the dtypes of the gradients, zero where they are refused, and which are.
+
+    The radii are those at which the points lie, if None is given.
+    """
+    points, gradients = packed(plan, points, gradients)
+    found = project(plan, kinds, radii_of(plan, kinds, points) if radii is None else radii, points, gradients)
+    tangents = without_refused(plan, found.tangents, found.refused)
+    return apart(plan, {name: t.astype(gradients[name].dtype) for name, t in tangents.items()}), found.refused
+
+
 def without_refused_free(free: ByPath) -> tuple[ByPath, ByPath]:
     """The leaves without a collection, zero where they are refused, and whether they are."""
     kept, refused = {}, {}

@@ -42,21 +42,21 @@ def fgsgd(
     without a collection get `optax.sgd`. A leaf whose gradient has no finite squared norm is refused, as in `project`.
 
     Args:
-      learning_rate: r_t of eq. 3, a number or a schedule. At rate 0 constrained weights still move, by round-off: they
-        are set to their radius. `optax.freeze` after the optimizer keeps them.
+      learning_rate: r_t of eq. 3, a number or a schedule. Even at rate 0 constrained weights move by round-off, because
+        every step sets them to their radius. To keep them, put `optax.freeze` after the optimizer.
       plan: the plan of the parameters, or its rules.
       momentum: decay of the buffer that accumulates the normalized tangent vectors; None for no buffer. The buffer is
         stored as it is, in the tree of the parameters, and projected at the current point on use.
       nesterov: whether to look ahead, as in `optax.trace`.
       rho: ρ of eq. 5.
       curvature: c of eq. 5.
-      weight_decay: L2 penalty on unconstrained leaves and those of Euclidean matrices alone, added to their gradients
-        as in `optax.add_decayed_weights` before `optax.sgd`. On a manifold of fixed norm it would do nothing.
+      weight_decay: L2 penalty on unconstrained leaves and on leaves whose matrices are all Euclidean, added to their
+        gradients as by `optax.add_decayed_weights` before `optax.sgd`. On a manifold of fixed norm it would do nothing.
       rescaling: the options of λ; None for λ = 1.
       initial_radii: of the first epoch; see `rescale`.
-      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
-        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
-        displacements. None to have every device do all of it.
+      share_out: a mesh whose devices divide the retractions of large matrices among them, for data-parallel training,
+        where every device holds all weights. It costs a gather of the displacements. None: every device retracts all of
+        them.
       kernels: `"auto"` takes lines 5 to 7 of small matrices (up to 64 entries; on GPU 32, or 12 with a Stiefel
         manifold) by Pallas kernels where the program is compiled for a TPU or an NVIDIA GPU; `"xla"` takes none;
         `"pallas"` raises an error, with path and reason, for a constrained leaf that has none.
@@ -69,8 +69,8 @@ def fgsgd(
       A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense; where the program
-        is lowered, for a leaf without the kernels that `kernels="pallas"` asks for.
+      ValueError: outside jit, if parameters are off their manifolds; for invalid options; where the program is lowered,
+        for a leaf without the kernels that `kernels="pallas"` asks for.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1.
