@@ -11,7 +11,7 @@ LIBRARY := $(wildcard $(patsubst %,tests/test_%*.py,bounds features flax groups 
 	riemannian_adam transforms))
 OLDEST := jax==0.8.1 optax==0.2.5 einops==0.8 jaxtyping==0.3 flax==0.12.1
 
-.PHONY: demo test test-all compat bench accelerators docs notebooks dist wheel oldest lint format clean
+.PHONY: demo test test-all test-accelerators compat bench accelerators docs notebooks dist wheel oldest lint format clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,10 @@ $(VENV)-accel/.ready: pyproject.toml
 
 accelerators: $(VENV)-accel/.ready  ## updates compiled for TPUs and GPUs that are not there, under 25 minutes on two cores
 	$(VENV)-accel/bin/python benchmarks/accelerators.py $(if $(ONLY),--only $(ONLY))
+
+test-accelerators: $(VENV)-accel/.ready  ## everything public compiled for them, by the same compilers
+	$(VENV)-accel/bin/python -m pip install --quiet --group tests ".[flax]"
+	$(VENV)-accel/bin/python -m pytest -q tests/test_compiled.py
 
 docs: $(VENV)/.ready  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from fgsgd_jax import linalg
+from fgsgd_jax.linalg import _spectral
 
 SHAPES = pytest.mark.parametrize("shape", [(3, 3), (3, 40), (30, 4), (5, 1), (24, 24)], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
@@ -52,6 +53,16 @@ def test_spectral_norm(shape, dtype, scale):
     found = spectral_norm(jnp.asarray(x))
     assert found.dtype == np.finfo(dtype).dtype
     np.testing.assert_allclose(found, exact(x), rtol=8 * eps(dtype) * max(3, min(shape)))
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (3, 40), (9, 2)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_spectral_norms_of_accelerators_are_those(shape, dtype):
+    """Without a decomposition; of equal singular values too."""
+    x = matrices(np.random.default_rng(0), shape, dtype)
+    found = jax.jit(_spectral._by_rotations)(_spectral.smaller_gram(jnp.asarray(x)))
+    np.testing.assert_allclose(jnp.sqrt(found), exact(x), rtol=8 * eps(dtype) * max(3, min(shape)))
+    assert np.isnan(_spectral._by_rotations(jnp.full((1, 2, 2), jnp.nan)))
 
 
 def test_spectral_norm_of_nothing_zero_and_what_is_not_finite():

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import fgsgd_jax as fg
 from fgsgd_jax import kernels
-from fgsgd_jax.kernels import _api, _cpu_chunks, _cpu_lengths, _cpu_planes, _reference, _tpu_matrices, _xla
+from fgsgd_jax.kernels import _api, _cpu_chunks, _cpu_lengths, _cpu_planes, _matrices, _reference, _xla
 from fgsgd_jax.kernels._layers import Layer
 from fgsgd_jax.manifolds import Mixture
 
@@ -47,11 +47,16 @@ CASES = [
     (_xla, MIX, (2, 5), FEW),
     (_xla, OTHER_RETRACTIONS, (3, 3), FEW),
     (_xla, (fg.Stiefel(),), (12, 8), FEW),
-    (_tpu_matrices, MIX, (32, 16), FEW),
-    (_tpu_matrices, (fg.Stiefel(),), (16, 24), FEW),
+    (_matrices.TPU, MIX, (32, 16), FEW),
+    (_matrices.TPU, (fg.Stiefel(),), (16, 24), FEW),
+    (_matrices.GPU, MIX, (24, 16), FEW),
 ]
 FAST = {(0, "float32"), (0, "float64"), (1, "float32"), (3, "float32"), (6, "float32"), (7, "float32"), (12, "float32")}
 FAST |= {(15, "float32")}
+
+
+def form_name(form):
+    return str(getattr(form, "__name__", form)).rpartition("._")[2]
 
 
 def named(manifolds):
@@ -64,7 +69,7 @@ TABLE = pytest.mark.parametrize(
         pytest.param(
             *case,
             dtype,
-            id=f"{case[0].__name__.rpartition('._')[2]}-{named(case[1])}-{case[2][0]}x{case[2][1]}-{dtype}",
+            id=f"{form_name(case[0])}-{named(case[1])}-{case[2][0]}x{case[2][1]}-{dtype}",
             marks=() if (number, dtype) in FAST else pytest.mark.slow,
         )
         for number, case in enumerate(CASES)
@@ -287,15 +292,15 @@ def test_which_form_serves_is_decided_by_exact_type_and_shape():
         assert _api.form_for(manifolds, 3, 3, 1024) is _xla
     for n, p, count in ((3, 3, 0), (0, 3, 1024), (3, 0, 1024), (64, 64, 4), (2, 5, 1024)):
         assert _api.form_for(MIX, n, p, count) is _xla
-    assert _tpu_matrices.serves(MIX, 65, 8, 1)
-    assert _tpu_matrices.serves((fg.Stiefel(),), 8, 80, 1)
+    assert _matrices.TPU.serves(MIX, 65, 8, 1)
+    assert _matrices.TPU.serves((fg.Stiefel(),), 8, 80, 1)
     for manifolds, n, p in (
         (MIX, 3, 3),
         (LENGTHS, 64, 64),
         ((Own(),), 64, 64),
         ((fg.Stiefel(retraction="qr"),), 64, 64),
     ):
-        assert not _tpu_matrices.serves(manifolds, n, p, 1)
+        assert not _matrices.TPU.serves(manifolds, n, p, 1)
 
 
 def one_pass(a, b):
@@ -312,8 +317,8 @@ def three_passes(a, b):
 @pytest.mark.parametrize("shape", [(128, 24), (32, 40)])
 def test_products_of_few_passes_keep_the_constraint(shape, start, monkeypatch):
     """On CPU all products are exact: here they are those of a TPU. Nothing averages out where y has one entry a row."""
-    monkeypatch.setattr(_tpu_matrices, "_one_pass", one_pass)
-    monkeypatch.setattr(_tpu_matrices, "_three_passes", three_passes)
+    monkeypatch.setattr(_matrices, "_one_pass", one_pass)
+    monkeypatch.setattr(_matrices, "_three_passes", three_passes)
     stiefel, rng = (fg.Stiefel(),), np.random.default_rng(0)
     x = (
         rng.standard_normal((6, *shape))
@@ -328,10 +333,10 @@ def test_products_of_few_passes_keep_the_constraint(shape, start, monkeypatch):
         *(jnp.asarray(np.asarray(a, np.float64)) for a in own[:2]), None, jnp.asarray(own.radius, jnp.float64)
     )
 
-    (t,), _ = _tpu_matrices.tangent(stiefel, [own])
+    (t,), _ = _matrices.TPU.tangent(stiefel, [own])
     its_t, _ = _reference.tangent_of(stiefel)(exact)
     assert np.max(h.norm(np.asarray(t) - np.asarray(its_t)) / h.norm(w)) <= 1e-5
-    step = jax.jit(lambda factor: _tpu_matrices.step(stiefel, [own], factor, False)[0][0])
+    step = jax.jit(lambda factor: _matrices.TPU.step(stiefel, [own], factor, False)[0][0])
     its_step = jax.jit(lambda factor: _reference.step_of(stiefel, factor, False)(exact)[0])
     for length in (1e-6, 1e-3, 0.01, 0.1, 1.0, 30.0, 1e4):
         move, its_move = step(jnp.float32(length)), its_step(jnp.float64(length))

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -269,7 +270,8 @@ def _uniform(bucket: Bucket, key, hashes, kind, radius, leaves):
     # A layer of a stack is drawn as it would be alone.
     shape = bucket.shape[len(bucket.layers) :]
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes.ravel())
-    z = jax.vmap(lambda key: jax.random.normal(key, shape, x.dtype))(keys)
+    # In a loop, which nothing is fused with: XLA on TPU would compile the draw once more for each of its uses.
+    z = lax.map(lambda key: jax.random.normal(key, shape, x.dtype), keys)
     mixture = Mixture(bucket.kinds, kind, radius.astype(x.dtype))
     return bucket.tensors(mixture.from_gaussian(bucket.view.split(z).reshape(x.shape), x), leaves)
 

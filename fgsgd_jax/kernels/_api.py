@@ -3,23 +3,24 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ..manifolds import Manifold, Mixture
-from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _share_out, _tpu_matrices, _xla
-from ._by_platform import is_shared
+from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _matrices, _share_out, _xla
+from ._by_platform import by_platform
 from ._layers import Layer, Results, unpacked
 
 # In the order of preference. What none of them serves, and every other backend, gets the reference.
 _ON_CPU = (_cpu_planes, _cpu_lengths, _cpu_chunks)
+_ON_ACCELERATORS = {"tpu": _matrices.TPU, "cuda": _matrices.GPU}
+
+# A module, or an object, with `serves`, `tangent` and `step`.
+Form = Any
 
 
 class Operation(NamedTuple):
@@ -29,7 +30,7 @@ class Operation(NamedTuple):
     is_step: bool
     is_tangent: bool = False
 
-    def by(self, form: ModuleType, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
+    def by(self, form: Form, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
         """The results of one form."""
         if self.is_step:
             return form.step(self.manifolds, layers, factor, self.is_tangent)
@@ -85,10 +86,10 @@ def step(
     )
 
 
-def form_for(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> ModuleType:
-    """The form that serves `count` n×p matrices on these manifolds on CPU."""
+def form_for(manifolds: tuple[Manifold, ...], n: int, p: int, count: int, is_shared: bool = False) -> Form:
+    """The form that serves `count` n×p matrices on these manifolds on CPU; `is_shared` as in `Program`."""
     # Joined, layers lose the axes along which they are shared out over devices.
-    if is_shared():
+    if is_shared:
         return _xla
     return next((form for form in _ON_CPU if form.serves(manifolds, n, p, count)), _xla)
 
@@ -124,89 +125,29 @@ def _by_group(
     return unpacked([found[place] for place in range(len(layers))])
 
 
-# A loop whose length is found at run time has no derivative: that is the reference's.
+def _by_platform(
+    operation: Operation, layers: Sequence[Layer], factor: Float[Array, ""]
+) -> tuple[list[Array], list[Array]]:
+    def by(form: Form) -> Callable[..., Results]:
+        return functools.partial(_run, form, operation)
 
+    def of_instances(layers: Sequence[Layer], factors: Float[Array, "size"]) -> Results:
+        """The matrices of all instances as those of one."""
+        # v of line 7 is linear in the direction, and the factor of line 5 is 1.
+        own = [layer._replace(w=layer.w * factors.reshape(-1, *(1,) * (layer.w.ndim - 1))) for layer in layers]
+        return _by_platform(operation, own, jnp.ones_like(factors[0]))
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_platform(operation, layers, factor) -> Results:
-    leaves, tree = jax.tree.flatten((_varying(layers, factor), factor))
-    flat = _operation_p.bind(*leaves, operation=operation, tree=tree)
-    return flat[: len(layers)], flat[len(layers) :]
-
-
-@_by_platform.defjvp
-def _by_platform_jvp(operation, primals, tangents):
-    return _by_platform(operation, *primals), jax.jvp(functools.partial(operation.by, _xla), primals, tangents)[1]
-
-
-def _varying(layers: Sequence[Layer], factor: Array) -> Sequence[Layer]:
-    """The layers, in `shard_map` of a type that differs between devices where that of any argument does."""
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return layers
-    nothing = sum(jnp.zeros_like(leaf, factor.dtype, shape=()) for leaf in jax.tree.leaves((layers, factor)))
-    return jax.tree.map(lambda a: a + nothing if jnp.issubdtype(a.dtype, jnp.floating) else a, layers)
-
-
-# A primitive of its own, since `lax.platform_dependent` traces the forms of all platforms.
-
-_operation_p = Primitive("fgsgd_jax_operation")
-_operation_p.multiple_results = True
-
-
-@functools.partial(jax.jit, static_argnames=("operation", "tree"))
-def _jitted(*leaves: Array, operation: Operation, tree: Any) -> list[Array]:
-    return _operation_p.bind(*leaves, operation=operation, tree=tree)
-
-
-@_operation_p.def_impl
-def _eager(*leaves: Array, operation: Operation, tree: Any) -> list[Array]:
-    with jax.disable_jit(False):
-        return _jitted(*leaves, operation=operation, tree=tree)
-
-
-@_operation_p.def_abstract_eval
-def _types(*leaves: Any, operation: Operation, tree: Any) -> list[Any]:
-    del operation
-    layers, _ = tree.unflatten(leaves)
-    return [layer.x for layer in layers] + [layer.radius for layer in layers]
-
-
-def _lowering(form_of: Callable[[Operation, Sequence[Layer]], ModuleType]) -> Any:
-    def lowered(*leaves: Array, operation: Operation, tree: Any) -> list[Array]:
-        layers, factor = tree.unflatten(leaves)
-        results, figures = operation.by(form_of(operation, layers), layers, factor)
-        return results + figures
-
-    return mlir.lower_fun(lowered)
-
-
-def _on_cpu(operation: Operation, layers: Sequence[Layer]) -> ModuleType:
     n, p = layers[0].x.shape[-2:]
-    return form_for(operation.manifolds, n, p, _count(layers))
+    given = operation.manifolds, n, p, _count(layers)
+    ways = {"cpu": lambda program: by(form_for(*given, program.is_shared))}
+    for platform, form in _ON_ACCELERATORS.items():
+        if form.serves(*given):
+            ways[platform] = lambda program, form=form: by(form)
+    like = [layer.x for layer in layers], [layer.radius for layer in layers]
+    # A loop whose length is found at run time has no derivative: that is the reference's.
+    return by_platform(by(_xla), ways, like, list(layers), factor, batched=of_instances)
 
 
-def _on_tpu(operation: Operation, layers: Sequence[Layer]) -> ModuleType:
-    n, p = layers[0].x.shape[-2:]
-    return _tpu_matrices if _tpu_matrices.serves(operation.manifolds, n, p, _count(layers)) else _xla
-
-
-mlir.register_lowering(_operation_p, _lowering(lambda operation, layers: _xla))
-mlir.register_lowering(_operation_p, _lowering(_on_cpu), "cpu")
-mlir.register_lowering(_operation_p, _lowering(_on_tpu), "tpu")
-
-
-def _batched(leaves: Sequence[Array], axes: Sequence[Any], operation: Operation, tree: Any) -> Any:
-    """The matrices of all instances as those of one: the operation takes any batch of them."""
-    size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
-
-    def in_front(leaf: Array, axis: int | None) -> Array:
-        return jnp.broadcast_to(leaf, (size, *leaf.shape)) if axis is None else jnp.moveaxis(leaf, axis, 0)
-
-    layers, factors = tree.unflatten([in_front(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)])
-    # v of line 7 is linear in the direction, and the factor of line 5 is 1.
-    layers = [layer._replace(w=layer.w * factors.reshape(-1, *(1,) * (layer.w.ndim - 1))) for layer in layers]
-    flat = _operation_p.bind(*jax.tree.leaves((layers, jnp.ones_like(factors[0]))), operation=operation, tree=tree)
-    return flat, [0] * len(flat)
-
-
-batching.primitive_batchers[_operation_p] = _batched
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _run(form: Form, operation: Operation, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
+    return operation.by(form, layers, factor)

@@ -28,14 +28,21 @@ class Program(NamedTuple):
     is_exported: bool
 
 
-def by_platform(default: Way, ways: Mapping[str, Callable[[Program], Way]], like: Any, *args: Any) -> Any:
+def by_platform(
+    default: Way,
+    ways: Mapping[str, Callable[[Program], Way]],
+    like: Any,
+    *args: Any,
+    batched: Way | None = None,
+) -> Any:
     """`default(*args)`, or on a platform that has a way of its own, what that does.
 
     Args:
-      default: what every other platform does; derivatives and batches are those of it.
+      default: what every other platform does; derivatives are those of it.
       ways: by platform, made for a program.
       like: shapes and dtypes of the result, in its structure; functions are traced where they are needed alone.
       *args: pytrees of arrays.
+      batched: what `jax.vmap` makes of it, given the arguments with one more axis in front; None for the default's.
     """
     leaves, structure = jax.tree.flatten(_varying(args))
     shapes, result = jax.tree.flatten(like)
@@ -50,7 +57,8 @@ def by_platform(default: Way, ways: Mapping[str, Callable[[Program], Way]], like
 
     flat_ways = tuple((name, lambda program, of=of: flat(of(program))) for name, of in ways.items())
     types = tuple((each.shape, each.dtype) for each in shapes)
-    found = _by_platform_p.bind(*leaves, default=flat(default), ways=flat_ways, types=types)
+    own = batched and flat(batched)
+    found = _by_platform_p.bind(*leaves, default=flat(default), ways=flat_ways, types=types, batched=own)
     return jax.tree.unflatten(result, found)
 
 
@@ -89,26 +97,28 @@ _by_platform_p.multiple_results = True
 
 
 @_by_platform_p.def_impl
-def _eager(*leaves: Any, default: Way, ways: Any, types: Any) -> list[Array]:
-    del types
+def _eager(*leaves: Any, default: Way, ways: Any, **params: Any) -> list[Array]:
+    del params
     arrays = [jnp.asarray(leaf) for leaf in leaves]  # some may be NumPy's
     devices = set().union(*(array.devices() for array in arrays))
     names = {"cuda" if device.platform == "gpu" else device.platform for device in devices}
     of = dict(ways).get(names.pop()) if len(devices) == 1 else None
-    # Not jitted: the functions are new in every call, and would be compiled in every call.
-    return (default if of is None else of(Program(False, False)))(*arrays)
+    # Not jitted: these functions are new in every call. What they call may be, even where a user has all else run
+    # operation by operation.
+    with jax.disable_jit(False):
+        return (default if of is None else of(Program(False, False)))(*arrays)
 
 
 @_by_platform_p.def_abstract_eval
-def _types(*leaves: Any, default: Way, ways: Any, types: Any) -> list[Any]:
-    del default, ways
+def _types(*leaves: Any, types: Any, **params: Any) -> list[Any]:
+    del params
     like = next(leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
     return [like.update(shape=shape, dtype=dtype, weak_type=False) for shape, dtype in types]
 
 
 def _lowering(platform: str | None) -> Any:
-    def rule(ctx: Any, *leaves: Any, default: Way, ways: Any, types: Any) -> Any:
-        del types
+    def rule(ctx: Any, *leaves: Any, default: Way, ways: Any, **params: Any) -> Any:
+        del params
         parameters = ctx.module_context.lowering_parameters
         program = Program(_shares(ctx.module_context.axis_context), parameters.for_export)
         of = dict(ways).get(platform)
@@ -136,10 +146,18 @@ def _derivative(primals: Sequence[Any], tangents: Sequence[Any], default: Way, *
     return found, jax.jvp(default, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))[1]
 
 
-def _batched(leaves: Sequence[Any], axes: Sequence[Any], default: Way, **params: Any) -> Any:
+def _batched(leaves: Sequence[Any], axes: Sequence[Any], default: Way, batched: Way | None, **params: Any) -> Any:
     del params
-    found = jax.vmap(default, tuple(axes))(*leaves)
+    if batched is None:
+        found = jax.vmap(default, tuple(axes))(*leaves)
+    else:
+        size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
+        found = batched(*(_in_front(leaf, axis, size) for leaf, axis in zip(leaves, axes, strict=True)))
     return found, [0] * len(found)
+
+
+def _in_front(leaf: Array, axis: int | None, size: int) -> Array:
+    return jnp.broadcast_to(leaf, (size, *leaf.shape)) if axis is None else jnp.moveaxis(leaf, axis, 0)
 
 
 ad.primitive_jvps[_by_platform_p] = _derivative

@@ -49,24 +49,31 @@ def polar(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
     # The factor of an overflowing or denormal matrix is that of its scaled self.
     y = jnp.where((top > 0) & jnp.isfinite(top), y / jnp.where(top > 0, top, 1), 0)
     # A perturbation at round-off has full rank: its factor is taken where the matrix itself has none.
-    points, converged = polar_iteration(jnp.stack([y, y + 4 * jnp.finfo(y.dtype).eps * _generic(y)]))
-    nudged = jnp.where(converged[1], points[1], identity(y))
-    return jnp.where(converged[0], points[0], nudged)
+    point, converged = polar_iteration(y, y + 4 * jnp.finfo(y.dtype).eps * _generic(y))
+    return jnp.where(converged, point, identity(y))
 
 
-def polar_iteration(y: Float[Array, "*batch n p"]) -> tuple[Float[Array, "*batch n p"], Bool[Array, "*batch 1 1"]]:
-    """Polar factors by as many turns as the matrix that is furthest from orthonormal takes, and which converged."""
+def polar_iteration(
+    y: Float[Array, "*batch n p"], otherwise: Float[Array, "*batch n p"] | None = None
+) -> tuple[Float[Array, "*batch n p"], Bool[Array, "*batch 1 1"]]:
+    """Polar factors by as many turns as the matrix that is furthest from orthonormal takes, and which converged.
+
+    Where y has none, it is that of `otherwise`.
+    """
+    starts = 1 if otherwise is None else 2
 
     def unfinished(carry):
         _, bound, turns = carry
-        return jnp.any(bound > exact_below(y.dtype)) & (turns < _MOST_TURNS)
+        return jnp.any(bound > exact_below(y.dtype)) & (turns < starts * _MOST_TURNS)
 
     def turn(carry):
-        y, _, turns = carry
+        y, bound, turns = carry
+        if otherwise is not None:
+            y = jnp.where((turns == _MOST_TURNS) & (bound > exact_below(y.dtype)), otherwise, y)
         e = deviation(y)
         # Below a Gram of norm 2 the iteration converges. Anything else is scaled into (0, 1] by its ∞-norm at first.
         size = jnp.max(jnp.sum(jnp.abs(e), axis=-1, keepdims=True), axis=-2, keepdims=True)
-        shrink = jnp.where((turns == 0) & (size > 1), 1 / (1 + size), 1)
+        shrink = jnp.where((turns % _MOST_TURNS == 0) & (size > 1), 1 / (1 + size), 1)
         e = shrink * e - (1 - shrink) * identity(e)
         root, small = _root(e, third_order=y.shape[-2] >= _TALLER * y.shape[-1])
         # Entries of small² are at most the square of the longest column.

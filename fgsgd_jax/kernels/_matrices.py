@@ -1,16 +1,16 @@
-"""TPU: matrices beyond the small ones, by products of as many passes as each of them needs.
+"""TPU and GPU: matrices beyond the small ones, by products of as many passes as each of them needs.
 
-A TPU multiplies bfloat16, and a float32 product at full precision takes six passes. The reference takes six for every
-product. Here
+A TPU multiplies bfloat16, and a float32 product at full precision takes six passes; a GPU's matrix units multiply TF32,
+and full precision does without them. The reference takes full precision for every product. Here
 
-- the Gram matrix, which says how far y is from the manifold, is exact by four passes, since it is symmetric;
+- the Gram matrix, which says how far y is from the manifold, is exact: on TPU by four passes, since it is symmetric;
 - `y (yᵀy - 1)`, which corrects y, takes one. It is as small as the deviation: an error of 2⁻⁸ of it stays below 5e-7 in
   the last turn, and what an earlier turn leaves, the next one sees in the Gram matrix;
-- `x sym(xᵀw)` takes three, with an error of 2⁻¹⁷ of its terms: that of a projected gradient;
+- `x sym(xᵀw)` takes three on TPU, with an error of 2⁻¹⁷ of its terms: that of a projected gradient;
 - `sym(xᵀw)` takes three for a gradient, whose length is measured. Before a step it takes one: its error is a symmetric
   matrix times x, normal to the manifold, and the polar factor removes that to first order.
 
-Layers are not stacked. XLA compiles a kernel once for all layers of a shape, and keeps in VMEM what one layer needs.
+Layers are not stacked. XLA compiles a kernel once for all layers of a shape, and one layer needs less memory at a time.
 """
 
 import dataclasses
@@ -34,42 +34,58 @@ _ENOUGH = {jnp.dtype("float32"): 2.0**-13, jnp.dtype("float64"): 2.0**-27}
 _MOST_TURNS = 100
 
 
-def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
-    """Whether this form serves `count` n×p matrices on these manifolds."""
-    del count
-    return n * p * min(n, p) > _MULTIPLICATIONS and any(_by_polar(manifold) for manifold in manifolds)
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """The form of a platform; `splits` says that it makes float32 products of bfloat16 ones, as a TPU does."""
+
+    splits: bool
+
+    def serves(self, manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
+        """Whether this form serves `count` n×p matrices on these manifolds."""
+        del count
+        return n * p * min(n, p) > _MULTIPLICATIONS and any(_by_polar(manifold) for manifold in manifolds)
+
+    def tangent(self, manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
+        """See `_reference.tangent`."""
+        own = self._by(_Stiefel, manifolds)
+        return unpacked([_reference.tangent_of(own)(layer) for layer in layers])
+
+    def step(
+        self, manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
+    ) -> Results:
+        """See `_reference.step`."""
+        own = self._by(_InStep, manifolds)
+        return unpacked([_reference.step_of(own, factor, is_tangent)(layer) for layer in layers])
+
+    def _by(self, cls: type["_Stiefel"], manifolds: tuple[Manifold, ...]) -> tuple[Manifold, ...]:
+        # Radii are those of the layers.
+        return tuple(cls(splits=self.splits) if _by_polar(manifold) else manifold for manifold in manifolds)
 
 
-def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
-    """See `_reference.tangent`."""
-    return unpacked([_reference.tangent_of(_as(_Stiefel, manifolds))(layer) for layer in layers])
-
-
-def step(
-    manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
-) -> Results:
-    """See `_reference.step`."""
-    return unpacked([_reference.step_of(_as(_InStep, manifolds), factor, is_tangent)(layer) for layer in layers])
+TPU, GPU = Matrices(splits=True), Matrices(splits=False)
 
 
 def _by_polar(manifold: Manifold) -> bool:
     return type(manifold) is Stiefel and manifold.retraction == "polar"
 
 
-def _as(cls: type[Stiefel], manifolds: tuple[Manifold, ...]) -> tuple[Manifold, ...]:
-    # Radii are those of the layers.
-    return tuple(cls() if _by_polar(manifold) else manifold for manifold in manifolds)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Stiefel(Stiefel):
     """The same manifold. Wide matrices are not transposed, which would cost a copy of each array."""
 
+    splits: bool = dataclasses.field(default=True, metadata={"static": True})
+
     def _project(self, x, g):
-        return _tangent(x, _gram(x, g, _three_passes), g)
+        return self._tangent(x, _gram(x, g, self._precise), g)
+
+    def _tangent(self, x: Array, products: Array, w: Array) -> Array:
+        return w - _times(x, (products + transpose(products)) / 2, self._precise)
+
+    def _precise(self, a: Array, b: Array) -> Array:
+        return _three_passes(a, b) if self.splits else _exact(a, b)
 
     def _retract(self, x, v):
-        point, converged = _polar(x + v)
+        point, converged = _polar(x + v, _gram_by_passes if self.splits else _exact_gram)
         # One column tells a point from zeros; to measure them all would read x once more.
         column = x[..., :1, :] if _is_wide(x) else x[..., :1]
         length = jnp.sum(jnp.square(column), axis=(-2, -1), keepdims=True)
@@ -79,14 +95,12 @@ class _Stiefel(Stiefel):
 @dataclasses.dataclass(frozen=True)
 class _InStep(_Stiefel):
     def _project(self, x, g):
-        return _tangent(x, _gram(x, g, _one_pass), g)
+        return self._tangent(x, _gram(x, g, _one_pass), g)
 
 
-def _tangent(x: Array, products: Array, w: Array) -> Array:
-    return w - _times(x, (products + transpose(products)) / 2, _three_passes)
-
-
-def _polar(y: Float[Array, "*b n p"]) -> tuple[Float[Array, "*b n p"], Bool[Array, "*b 1 1"]]:
+def _polar(
+    y: Float[Array, "*b n p"], exact_gram: Callable[[Array], Array]
+) -> tuple[Float[Array, "*b n p"], Bool[Array, "*b 1 1"]]:
     """Polar factors by the iteration of `linalg.orthonormalize`, and which converged."""
     enough, along = _ENOUGH[y.dtype], -1 if _is_wide(y) else -2
 
@@ -96,7 +110,7 @@ def _polar(y: Float[Array, "*b n p"]) -> tuple[Float[Array, "*b n p"], Bool[Arra
 
     def turn(carry):
         y, _, turns = carry
-        products = _exact_gram(y)
+        products = exact_gram(y)
         eye = identity(products)
         squares = jnp.sum(jnp.square(y) - 1 / y.shape[along], axis=along, keepdims=True)
         e = jnp.where(eye > 0, squares, products - eye)
@@ -113,8 +127,13 @@ def _polar(y: Float[Array, "*b n p"]) -> tuple[Float[Array, "*b n p"], Bool[Arra
 
 def _exact_gram(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
     """The smaller Gram matrix, exact to round-off."""
+    return _gram(y, y, _exact)
+
+
+def _gram_by_passes(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
+    """The same by four products of bfloat16."""
     if y.dtype != jnp.float32:
-        return _gram(y, y, _exact)
+        return _exact_gram(y)
     first = lax.reduce_precision(y, 8, 7)
     second = lax.reduce_precision(y - first, 8, 7)
     third = y - first - second
