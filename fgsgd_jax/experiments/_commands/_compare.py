@@ -157,8 +157,8 @@ class TextCompare(Compare):
     """The rows, separated by commas: optimizers as `fgsgd train --task text` takes them, after which :scheme chooses
     other manifolds than the optimizer's own, and ~option=value changes an option: spel:heads~tangent=off."""
     lrs: str = "0.3,1,3"
-    """The grid of learning rates, separated by commas, as multiples of each optimizer's own rate (0.02; 0.003 for adamw
-    and on-manifolds; 1 for fgsgd); a single one is not tuned."""
+    """The grid of learning rates, separated by commas, as multiples of each optimizer's own rate (0.05; 0.01 for adamw
+    and on-manifolds; 3 for fgsgd); a single one is not tuned."""
     seeds: int = 3
     """Trainings of every row."""
     tuning_seeds: int = 1

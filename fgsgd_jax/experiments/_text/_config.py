@@ -27,14 +27,14 @@ UNCONSTRAINED = ("adamw", "muon")
 
 # Where the search for each optimizer's rate begins.
 RATE_OF: dict[Optimizer, float] = {
-    "adamw": 0.003,
-    "muon": 0.02,
-    "hyperball": 0.02,
-    "muon-hyperball": 0.02,
-    "spel": 0.02,
-    "manifold-muon": 0.02,
-    "on-manifolds": 0.003,
-    "fgsgd": 1.0,
+    "adamw": 0.01,
+    "muon": 0.05,
+    "hyperball": 0.05,
+    "muon-hyperball": 0.05,
+    "spel": 0.05,
+    "manifold-muon": 0.05,
+    "on-manifolds": 0.01,
+    "fgsgd": 3.0,
 }
 
 
@@ -78,9 +78,9 @@ class TextConfig(Config):
     heads: int = 4
     """Its heads; the width is a multiple of twice their number."""
     lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """The learning rate after the warm-up: in radii for spel, manifold-muon and hyperball. Left out: 0.02 for these and
-    muon, 0.003 for adamw and on-manifolds, 1 for fgsgd."""
-    free_lr: float = 0.003
+    """The learning rate after the warm-up: in radii for spel, manifold-muon and hyperball. Left out: 0.05 for these and
+    muon, 0.01 for adamw and on-manifolds, 3 for fgsgd."""
+    free_lr: float = 0.01
     """AdamW's rate for what an optimizer of matrices leaves out: embedding, head, scales."""
     warmup: int = 20
     """Steps over which the rates rise from zero."""
