@@ -38,7 +38,7 @@ def schedule(name: ScheduleName, lr: float, steps: int) -> optax.Schedule:
             return optax.constant_schedule(lr)
 
 
-def warmed_up(rate: optax.Schedule, steps: float) -> optax.Schedule:
+def warmed_up(rate: optax.Schedule, steps: int) -> optax.Schedule:
     """A schedule that rises from zero to itself over the first so many steps."""
     if not steps:
         return rate

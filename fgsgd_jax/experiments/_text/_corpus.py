@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from .._errors import UsageError
 
-Bytes = UInt8[np.ndarray, " n"]
+Bytes = UInt8[np.ndarray, " _"]
 
 STDLIB = "stdlib"
 # Installed packages are not the standard library, its tests are not on every machine, and the encodings are tables.
@@ -48,13 +48,12 @@ class TextSet:
 
 
 def load_text(
-    name: str,
+    name: str = STDLIB,
     *,
     held_out: str = "",
     text_column: str | None = None,
     limit_train: int | None = None,
     validation: float = 0.0,
-    least: int = 1,
 ) -> TextSet:
     """Load texts into memory, as bytes.
 
@@ -64,10 +63,9 @@ def load_text(
         text_column: the column of texts in a set.
         limit_train: keep the first so many bytes to train on.
         validation: test on this share of the training text instead.
-        least: bytes that there must be to train on, and to test on.
 
     Raises:
-        UsageError: the texts cannot be found, read or trained on.
+        UsageError: the texts cannot be found or read.
     """
     path = Path(name).expanduser()
     if name == STDLIB:
@@ -82,15 +80,7 @@ def load_text(
         data = load_set(name, text_column)
     if limit_train is not None:
         data = dataclasses.replace(data, train=_first(data.train, limit_train))
-    if validation:
-        data = hold_out_text(data, validation)
-    for words, part in (("training", data.train), ("test", data.test)):
-        if _bytes_in(part) < least:
-            raise UsageError(
-                f"data {name!r} has {_bytes_in(part):,} bytes of {words} text, fewer than the {least:,} of one "
-                "passage; give more text, or a smaller --context"
-            )
-    return data
+    return hold_out_text(data, validation) if validation else data
 
 
 def hold_out_text(data: TextSet, share: float) -> TextSet:
