@@ -79,3 +79,6 @@ def _growth(axes: Axes, results: Results, kinds: tuple[str, ...]) -> None:
     axes.set_title("Growth of the update" if len(kinds) > 1 else "Growth of a square Stiefel matrix's step")
     if axes.lines:
         axes.legend(fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
+        axes.set(xticks=[], yticks=[])

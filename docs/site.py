@@ -1,7 +1,8 @@
-"""Hooks of the site: files of the repository that pages link to, and mathematics as MathML, which needs no script.
+"""Hooks of the site: files that pages link to, pictures within the page, and mathematics as MathML, without a script.
 
 A page links to a file outside `docs/` as the repository has it, `../benchmarks/results/…` or `../fgsgd_jax/…`. On the
-site, reports and listings of source files are pages, JSON and pictures are files.
+site, reports and listings of source files are pages, JSON and PNG are files. The pictures of
+`docs/images` become part of the page, so that their text has its colour, on light and on dark.
 """
 
 import html
@@ -14,6 +15,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 SOURCE = re.compile(r"\]\(\.\./((?:fgsgd_jax|benchmarks|tests|tools)/[\w/]+\.py)\)")
 
 
@@ -37,13 +39,26 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Replace what `pymdownx.arithmatex` marked by MathML."""
+    """Replace what `pymdownx.arithmatex` marked by MathML, and the pages' pictures by their SVG."""
+    content = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda tex: _mathml(tex[1]), content)
     content = re.sub(
-        r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda tex: convert(html.unescape(tex[1])), content
-    )
-    return re.sub(
         r'<div class="arithmatex">\\\[(.*?)\\\]</div>',
-        lambda tex: f'<div class="formula">{convert(html.unescape(tex[1]), display="block")}</div>',
+        lambda tex: f'<div class="formula">{_mathml(tex[1], display="block")}</div>',
         content,
         flags=re.DOTALL,
     )
+    return re.sub(r'<img alt="([^"]*)" src="(?:\.\./)*images/(\w+)\.svg" />', _inline, content)
+
+
+def _mathml(tex: str, **options: Any) -> str:
+    # A bar that stretches on one side alone is what browsers make of a norm with an exponent.
+    return convert(html.unescape(tex), **options).replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
+
+
+def _inline(image: re.Match[str]) -> str:
+    alt, name = image.groups()
+    svg = (IMAGES / f"{name}.svg").read_text(encoding="utf-8")
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    # Several pictures share a page, and matplotlib's names of their parts.
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}_", svg)
+    return svg.replace("<svg", f'<svg class="picture" role="img" aria-label="{alt}"', 1)

@@ -77,7 +77,7 @@ def observe(module: nn.Module) -> Observed:
 
 
 def moments(collections: Mapping[str, Any]) -> dict[str, FeatureMoments]:
-    """The moments in the collections that `Observed.apply` returned, by the path of the kernel that they enter.
+    """The moments in the collections that `Observed.apply` returned, by the path of each kernel.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -96,9 +96,9 @@ def trace(module: nn.Module, *args: Any, rngs: Any = None, **kwargs: Any) -> Tra
 
     Args:
       module: any linen module.
-      *args: of its call: arrays or `jax.ShapeDtypeStruct`s, one example is enough.
+      *args: the call's arguments, arrays or `jax.ShapeDtypeStruct`s; one example is enough.
       rngs: as for `module.init`; by default a key for `"params"`.
-      **kwargs: of its call.
+      **kwargs: the call's keyword arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp

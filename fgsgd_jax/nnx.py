@@ -90,7 +90,7 @@ def unobserve(model: nnx.Module) -> nnx.Module:
 
 
 def moments(model: nnx.Module) -> dict[str, FeatureMoments]:
-    """What the layers of an observed model recorded, by the path of the kernel that it enters.
+    """What the layers of an observed model recorded of their inputs, by the path of each kernel.
 
     Args:
       model: after `observe`.
@@ -146,8 +146,8 @@ def trace(model: nnx.Module, *args: Any, **kwargs: Any) -> Trace:
 
     Args:
       model: any model; it is not changed.
-      *args: of its call: arrays or `jax.ShapeDtypeStruct`s, one example is enough.
-      **kwargs: of its call.
+      *args: the call's arguments, arrays or `jax.ShapeDtypeStruct`s; one example is enough.
+      **kwargs: the call's keyword arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp

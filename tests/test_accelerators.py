@@ -68,7 +68,7 @@ def test_sizes():
 
 
 def test_table():
-    row = {"target": "H100", "case": "one", "seconds": 1.0, "weights": 4, "bytes": 30, "memory": 30, "cycles": None}
+    row = {"target": "H100", "case": "one", "processor": 1.0, "weights": 4, "bytes": 30, "memory": 30, "cycles": None}
     row |= {"launches": 2, "pallas": 1, "temporary": 1, "branches": 0, "loops": 0, "collectives": {"all-reduce": 2}}
     text = table([row | {"name": "fgsgd"}, row | {"name": "optax.sgd", "bytes": 20}])
     assert "1.5 × sgd" in text

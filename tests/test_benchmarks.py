@@ -5,11 +5,12 @@ from pathlib import Path
 
 import growth
 import kernels
+import pictures
 import pytest
 import steps
 import tables
 import updates
-from pictures import draw
+from matplotlib.figure import Figure
 from record import Record
 
 import fgsgd_jax as fg
@@ -56,8 +57,14 @@ def test_kernels(record, tmp_path):
     assert "Ob(576, 512)" in tables.ratios(results)
     assert "not measured" in tables.targets(results)
     assert "missed by a factor of" in tables.targets(results)
-    draw(results, tmp_path / "bench.png")
+    pictures.draw(results, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_a_panel_without_rows_says_so(tmp_path):
+    axes = Figure().subplots()
+    pictures._growth(axes, tables.Results(tmp_path), ("layers", "slices"))
+    assert [text.get_text() for text in axes.texts] == ["not measured"]
 
 
 def test_updates_and_memory(record, tmp_path):

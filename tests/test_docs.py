@@ -1,5 +1,6 @@
 """The documentation: every public name has an example, files named are there, links lead somewhere, blocks run."""
 
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -110,6 +111,42 @@ def test_a_dead_link_is_found(tmp_path):
 def test_files_that_a_page_names_are_there(page):
     for path in re.findall(r"\b(?:fgsgd_jax|tests|tools|benchmarks)/[\w/.]+\.py\b", page.read_text()):
         assert (ROOT / path).is_file(), f"{page.name} names {path}"
+
+
+def program(name):
+    """A program of docs/, which no path leads to."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PICTURES = program("pictures")
+# Compiles every retraction.
+SLOW_PICTURES = {"retractions": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW_PICTURES.get(name, ())) for name in PICTURES.PICTURES])
+def test_a_picture_shows_the_committed_results(name):
+    drawn = PICTURES.drawn_from((PICTURES.IMAGES / f"{name}.svg").read_text(encoding="utf-8"))
+    assert drawn == PICTURES.PICTURES[name].figures(), f"draw it again: python docs/pictures.py {name}"
+
+
+def test_every_picture_is_on_a_page():
+    files = {path.stem for path in PICTURES.IMAGES.iterdir()}
+    shown = set(re.findall(r"\]\(images/(\w+)\.svg\)", "\n".join(page.read_text() for page in PAGES)))
+    assert files == set(PICTURES.PICTURES) == shown
+
+
+def test_the_site_puts_pictures_and_mathematics_into_the_page():
+    content = """<p><img alt="A plot" src="../images/share.svg" /></p>
+<span class="arithmatex">\\(\\lVert x \\rVert_F^2\\)</span>"""
+    page = program("site").on_page_content(content)
+    assert '<svg class="picture" role="img" aria-label="A plot"' in page
+    assert "currentColor" in page
+    assert "<math" in page
+    assert page.count('stretchy="false"') == 2
+    assert not re.search("<img|metadata|arithmatex", page)
 
 
 RUNNABLE = [name for name in NAMED if "```python\n" in (ROOT / name).read_text()]

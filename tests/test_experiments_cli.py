@@ -172,7 +172,7 @@ def test_train_prints_lines_resumes_and_never_overwrites(capsys, refused, tmp_pa
     assert "--momentum is 0.8, was 0.9" in said
     # The cosine of two epochs is no beginning of another.
     said = refused("train", "--resume", "--run-dir", str(folder), "--epochs", "2")
-    assert "drawn over 1 epochs (--schedule cosine)" in said
+    assert "--schedule cosine, drawn over 1 epochs" in said
     assert "--schedule constant" in said
     assert (folder / "metrics.jsonl").read_bytes() == log
 

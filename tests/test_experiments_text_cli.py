@@ -56,7 +56,9 @@ def test_train_prints_lines_and_a_paragraph_and_resumes_by_what_it_says(capsys, 
     assert "after step 6 of 6" in capsys.readouterr().out
     assert pathlib.Path(folder, "metrics.jsonl").read_bytes() == log
     assert "--momentum is 0.5, was 0.95" in refused("train", "--run-dir", folder, "--resume", "--momentum", "0.5")
-    assert "drawn over 6 steps (--schedule cosine)" in refused("train", "--run-dir", folder, "--resume", "--steps", "9")
+    assert "has --schedule cosine, drawn over 6 steps" in refused(
+        "train", "--run-dir", folder, "--resume", "--steps", "9"
+    )
     assert "is of --task text; leave --task out" in refused(
         "train", "--task", "images", "--run-dir", folder, "--resume"
     )

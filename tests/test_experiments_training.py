@@ -179,7 +179,7 @@ def test_a_run_of_a_constant_rate_can_be_made_longer(data, tmp_path, monkeypatch
     grown = run(longer, tmp_path / "run", trainer=three, resume=True, console=quiet())
     assert bits(grown.state) == bits(whole.state)
     assert log_without_times(tmp_path / "run") == log_without_times(tmp_path / "whole")
-    with pytest.raises(UsageError, match=r"--epochs 2: the run in .* is one of 3 epochs; .* not for fewer"):
+    with pytest.raises(UsageError, match=r"--epochs 2: the run in .* is one of 3 epochs; .* not shortened"):
         run(config, tmp_path / "run", resume=True, console=quiet())
 
 

@@ -1,5 +1,7 @@
 """The whole update compiles for other platforms from this machine: nothing in it is of CPU alone."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,9 +52,9 @@ def started(make, shapes, rules):
 def test_updates_for_accelerators_call_no_library_of_cpus(make):
     update, params, state = started(make, SHAPES, RULES)
     module = export.export(update, platforms=("tpu", "cuda"))(params, state, params).mlir_module()
-    # Polar factors by products alone.
+    # Polar factors by products alone. Of the kernels, those for TPU are kept compatible between releases.
     assert "lapack" not in module
-    assert "custom_call" not in module
+    assert set(re.findall(r"custom_call @([\w.$]+)", module)) <= {"tpu_custom_call"}
 
 
 @pytest.mark.parametrize("retraction", ["qr", "cayley", "exp"])

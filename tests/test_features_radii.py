@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 from chains import chained
+from flax import linen as nn, nnx
 
 import fgsgd_jax as fg
-from fgsgd_jax.features import batch_moments, merge_moments
+from fgsgd_jax.features import batch_moments, matrix_moments, merge_moments
 
 # --- ℜ = γ/λ
 
@@ -225,3 +226,140 @@ def test_deep_chains_settle(depth, scheme, ordered, max_change, after, spread):
     else:
         assert all(0.01 < scale < 100 for scale in late), scales
         assert max(late) / min(late) < spread, scales
+
+
+# --- stacks of layers
+
+
+class LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(4, name="dense")(x)), None
+
+
+def scanned(length):
+    return nn.scan(
+        LinenBlock,
+        variable_axes={"params": 0, "feature_moments": 0},
+        split_rngs={"params": True},
+        length=length,
+    )
+
+
+class LinenStack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return scanned(3)(name="blocks")(x, None)[0]
+
+
+class LinenList(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for n in range(3):
+            x, _ = LinenBlock(name=f"block_{n}")(x, None)
+        return x
+
+
+def nnx_models():
+    def layer(rngs):
+        return nnx.Linear(4, 4, rngs=rngs)
+
+    class Stack(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(layer, in_axes=0, out_axes=0))(rngs)
+
+        def __call__(self, x):
+            def forward(layer, x):
+                return nnx.tanh(layer(x))
+
+            return nnx.scan(forward, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blocks, x)
+
+    class List(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.List([layer(rngs) for _ in range(3)])
+
+        def __call__(self, x):
+            for layer in self.blocks:
+                x = nnx.tanh(layer(x))
+            return x
+
+    return Stack(nnx.Rngs(0)), List(nnx.Rngs(0))
+
+
+def radii_after(params, rules, moments):
+    """ℜ after the first epoch, of one update."""
+    plan = fg.plan(params, rules)
+    params = fg.initialize(jax.random.key(0), params, plan)
+    tx = fg.fgsgd(0.1, plan, rescaling=fg.Rescaling(every=1, max_change=None))
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params, feature_moments=moments(params))
+    return fg.radii(state)
+
+
+SLICES = {"view": "i o -> 1 o i 1"}
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_lambda_of_layers_under_scan_is_that_of_the_layers(framework, users_settings):
+    """The moments that `observe` collects arrive per layer, and every layer of the stack gets its own ℜ."""
+    x = 3 * jax.random.normal(jax.random.key(1), (16, 4))
+    if framework == "linen":
+        stack, layers = LinenStack(), LinenList()
+        params = stack.init(jax.random.key(0), x)["params"]
+        listed = {f"block_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], params["blocks"]) for n in range(3)}
+        names = [f"block_{n}/dense/kernel" for n in range(3)]
+
+        def moments_of(model, weights):
+            return lambda _: fg.linen.observe(model).apply({"params": weights}, x)[1]["feature_moments"]
+
+        of_stack, of_list = moments_of(stack, params), moments_of(layers, listed)
+        path = "blocks/dense/kernel"
+        assert fg.linen.moments({"feature_moments": of_stack(None)})[path].mean.shape == (3, 4)
+    else:
+        stack, layers = nnx_models()
+        for n, layer in enumerate(layers.blocks):
+            layer.kernel[...], layer.bias[...] = stack.blocks.kernel[n], stack.blocks.bias[n]
+        for model in (fg.nnx.observe(stack), fg.nnx.observe(layers)):
+            nnx.jit(lambda model, x: model(x))(model, x)
+        params, listed = (nnx.state(model, nnx.Param) for model in (stack, layers))
+        names, path = [f"blocks/{n}/kernel" for n in range(3)], "blocks/kernel"
+        of_stack, of_list = lambda _: fg.nnx.moments(stack), lambda _: fg.nnx.moments(layers)
+        assert fg.nnx.moments(stack)[path].mean.shape == (3, 4)
+    together = radii_after(params, [("kernel", fg.Each(fg.Sphere(), layers=1, **SLICES)), ("*", None)], of_stack)[path]
+    alone = radii_after(listed, [("kernel", fg.Each(fg.Sphere(), **SLICES)), ("*", None)], of_list)
+    for n, name in enumerate(names):
+        np.testing.assert_allclose(together[n], alone[name], rtol=1e-5)
+    assert np.ptp(np.asarray(together)[:, 0, 0]) > 0.1  # 3 times the unit at the first, less after tanh
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "axes", "view"),
+    [
+        ((3, 3, 4, 6), (4,), (-2,), "slices"),
+        ((3, 3, 2, 6), (4,), (-2,), "slices"),  # two groups of channels
+        ((2, 4, 5), (2, 4), (0, 1), "h d e -> 1 h d e"),
+    ],
+    ids=["kernel", "grouped", "attention's output"],
+)
+@pytest.mark.parametrize("named", [False, True], ids=["axes of a layer", "axes of the stack"])
+def test_moments_of_stacks_are_those_of_the_layers(shape, channels, axes, view, named):
+    """As linen's `scan` stacks them, and as NNX reports them."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.uniform(1, 2, (2, 3, *channels))) for _ in range(3)]
+    of_stack = (0, 1, *(axis if axis < 0 else axis + 2 for axis in axes)) if named else axes
+    scheme = fg.Each(fg.Sphere(), view=view, layers=2)
+    split = fg.plan({"w": jnp.zeros((2, 3, *shape))}, [("w", scheme)])["w"].view
+    found = matrix_moments(fg.FeatureMoments(*arrays, of_stack), split, (2, 3, *shape), 2)
+    for index in np.ndindex(2, 3):
+        alone = matrix_moments(fg.FeatureMoments(*(x[index] for x in arrays), axes), split, shape)
+        np.testing.assert_allclose(found.std[index], alone.std, rtol=1e-12)
+
+
+def test_moments_that_are_not_stacked_are_refused():
+    params = {"w": jnp.ones((3, 4, 4), jnp.float32)}
+    with pytest.raises(ValueError, match=r"w: .*not stacked over layers"):
+        radii_after(
+            params,
+            [("*", fg.Each(fg.Sphere(), layers=1, **SLICES))],
+            lambda _: {"w": fg.FeatureMoments(*(jnp.ones(4, jnp.float32) for _ in range(3)))},
+        )

@@ -24,9 +24,15 @@ def test_nnx_optimizer_in_either_mode(graph, users_settings):
     def step(model, optimizer):
         grads = nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2), graph=graph)(model)
         optimizer.update(model, grads)
+        return fg.metrics(optimizer.opt_state)
 
     for _ in range(5):
-        step(model, optimizer)
+        figures = step(model, optimizer)
     assert float(fg.violation(nnx.state(model, nnx.Param), plan)["kernel"]) <= 1e-6
     assert float(jnp.max(jnp.abs(model.kernel[...] - before))) > 1e-3
     assert set(fg.radii(optimizer.opt_state)) == {"kernel"}
+    # The state's variables read alike inside the step and outside.
+    (now,) = fg.metrics(optimizer.opt_state).values()
+    assert float(figures["kernel"].step_ratio) == float(now.step_ratio) > 0
+    assert int(figures["kernel"].degenerate) == int(now.degenerate) == 0
+    assert int(fg.refused(optimizer.opt_state)["kernel"]) == 0

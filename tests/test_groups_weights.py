@@ -4,6 +4,7 @@ import helpers as h
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from grids import kernel
 from scipy import stats
@@ -146,3 +147,186 @@ def test_gradients_wider_than_the_weights_do_not_widen_the_update(momentum):
     updates, after = tx.update(gradients, state, params)
     for found, expected in ((updates, params), (after, state)):
         assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(expected)]
+
+
+# --- weights without a scale, numbers or buffers of their own
+
+ZERO_RULES = [("conv/kernel", fg.Each(fg.Sphere())), ("dense", fg.Whole(fg.Stiefel())), ("*", None)]
+
+
+def with_zeros(dtype="float32"):
+    """A stack of kernels and a matrix, one of them zero: as of LoRA or a branch that begins as the identity."""
+    rng = np.random.default_rng(0)
+    params = {
+        "conv": {"kernel": jnp.asarray(rng.standard_normal((2, 2, 2, 3)), dtype).at[:, :, 1, 2].set(0)},
+        "dense": jnp.asarray(rng.standard_normal((6, 4)), dtype),
+        "bias": jnp.zeros(3, dtype),
+    }
+    return params, fg.plan(params, ZERO_RULES)
+
+
+FITTED = {
+    "nearest": lambda params, plan: fg.nearest(params, plan, radii="fitted"),
+    "fgsgd": lambda params, plan: fg.fgsgd(0.1, plan, initial_radii="fitted").init(params),
+    "on_manifolds": lambda params, plan: fg.on_manifolds(optax.sgd(0.1), plan, initial_radii="fitted").init(params),
+    "rescale": lambda params, plan: fg.rescale(plan, initial_radii="fitted").init(params),
+}
+
+
+@pytest.mark.parametrize("call", FITTED.values(), ids=FITTED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_matrix_of_zeros_has_no_scale_to_fit(call, dtype):
+    params, plan = with_zeros(dtype)
+    with pytest.raises(ValueError, match="conv/kernel: its matrix at input 1, output 2") as error:
+        call(params, plan)
+    assert "('conv/kernel', None)" in str(error.value)
+    assert "fg.initialize" in str(error.value)
+    # What it recommends.
+    free = fg.plan(params, [("conv/kernel", None), *ZERO_RULES[1:]])
+    call(fg.nearest(params, free, radii="fitted"), free)
+    drawn = params | {"conv": fg.initialize(jax.random.key(0), params, plan)["conv"]}
+    call(fg.nearest(drawn, plan, radii="fitted"), plan)
+
+
+def test_the_matrix_of_zeros_of_a_stack_is_named():
+    params = {"w": jnp.ones((2, 4, 3)).at[1, :, 2].set(0)}
+    plan = fg.plan(params, [("w", fg.Each(fg.Sphere(), view="neurons", layers=1))])
+    with pytest.raises(ValueError, match="w: its matrix of layer 1 at input 0, output 2"):
+        fg.nearest(params, plan, radii="fitted")
+
+
+@pytest.mark.parametrize("manifold", [fg.Sphere(), fg.Oblique(), fg.Stiefel()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("make", ["fgsgd", "on_manifolds"])
+def test_in_jit_a_matrix_of_zeros_stays_and_is_counted(make, manifold):
+    """And all others train, in the same parameter and elsewhere."""
+    params, _ = with_zeros()
+    plan = fg.plan(params, [("conv/kernel", fg.Each(manifold)), ("dense", fg.Whole(fg.Stiefel())), ("*", None)])
+    tx = {
+        "fgsgd": fg.fgsgd(0.1, plan, 0.9, initial_radii="fitted"),
+        "on_manifolds": fg.on_manifolds(optax.sgd(0.1, 0.9), plan, initial_radii="fitted"),
+    }[make]
+
+    @jax.jit
+    def trained(params):
+        params = fg.nearest(params, plan, radii="fitted")
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    found, state = trained(params)
+    figures = fg.metrics(state)
+    assert (int(figures["conv/kernel"].degenerate), int(figures["dense"].degenerate)) == (1, 0)
+    kernels = np.asarray(found["conv"]["kernel"])
+    assert np.all(np.isfinite(kernels))
+    assert np.max(np.abs(kernels[:, :, 1, 2])) < 1e-15
+    before = np.asarray(fg.nearest(params | {"conv": found["conv"]}, plan)["dense"])
+    assert np.all(np.isfinite(before))
+    moved = np.max(np.abs(kernels - np.asarray(params["conv"]["kernel"])), axis=(0, 1))
+    assert np.all(np.delete(moved.ravel(), 5) > 1e-3)
+    assert np.all(np.isfinite(found["dense"]))
+
+
+def test_what_comes_back_shares_no_buffer():
+    """So that the parameters and what was made of them can be donated together."""
+    params, plan = setting()
+    for made in (fg.initialize(jax.random.key(0), params, plan), fg.nearest(params, plan)):
+        places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, made))]
+        assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda params, plan: fg.initialize(jax.random.key(0), params, plan),
+        lambda params, plan: fg.nearest(params, plan),
+        lambda params, plan: fg.violation(params, plan),
+    ],
+    ids=["initialize", "nearest", "violation"],
+)
+def test_parameters_without_numbers_are_refused(call):
+    params, plan = setting()
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(TypeError, match=r"conv/(kernel|bias): the numbers .*jax.eval_shape"):
+        call(shapes, plan)
+    # A part of them is enough to be refused, and the remedy gives shapes.
+    with pytest.raises(TypeError, match="conv/bias"):
+        call({"conv": params["conv"] | {"bias": shapes["conv"]["bias"]}}, plan)
+    found = jax.eval_shape(lambda params: call(params, plan), shapes)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("make", [fg.fgsgd, fg.riemannian_adam], ids=["fgsgd", "riemannian_adam"])
+def test_fitted_radii_need_numbers(make):
+    params, plan = setting()
+    with pytest.raises(TypeError, match=r"conv/kernel: initial_radii='fitted' reads the weights"):
+        make(0.1, plan, initial_radii="fitted").init(jax.eval_shape(lambda: params))
+
+
+@pytest.mark.parametrize("make", [fg.fgsgd, fg.riemannian_adam], ids=["fgsgd", "riemannian_adam"])
+def test_leaves_that_are_no_arrays_are_named(make):
+    """As of an equinox model that was not filtered, given as gradients or as parameters."""
+    params, plan = setting()
+    params = fg.initialize(jax.random.key(0), params, plan)
+    tx = make(0.1, plan)
+    state = tx.init(params)
+    unfiltered = params | {"activation": jax.nn.relu}
+    for role, trees in (("updates", (unfiltered, state, params)), ("parameters", (params, state, unfiltered))):
+        with pytest.raises(TypeError, match=rf"activation: the {role} are arrays, .*eqx.filter\(model"):
+            tx.update(*trees)
+
+
+@pytest.mark.parametrize("make", [fg.fgsgd, fg.riemannian_adam], ids=["fgsgd", "riemannian_adam"])
+def test_gradients_of_numpy_outside_jit(make):
+    params, plan = setting()
+    params = fg.initialize(jax.random.key(0), params, plan)
+    tx = make(0.1, plan)
+    grads = jax.tree.map(jnp.sin, params)
+    expected, _ = tx.update(grads, tx.init(params), params)
+    found, _ = tx.update(jax.tree.map(np.asarray, grads), tx.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("make", [fg.fgsgd, fg.riemannian_adam], ids=["fgsgd", "riemannian_adam"])
+def test_none_among_the_gradients_is_named(make):
+    params, plan = setting()
+    params = fg.initialize(jax.random.key(0), params, plan)
+    tx = make(0.1, plan)
+    grads = {"conv": {"kernel": None, "bias": jnp.ones_like(params["conv"]["bias"])}}
+    with pytest.raises(ValueError, match=r"None at 'conv/kernel'.*jnp.zeros_like\(p\) if g is None.*None\) before"):
+        tx.update(grads, tx.init(params), params)
+    # What it recommends; and a free leaf may have none.
+    filled = jax.tree.map(
+        lambda g, p: jnp.zeros_like(p) if g is None else g, grads, params, is_leaf=lambda g: g is None
+    )
+    tx.update(filled, tx.init(params), params)
+
+
+def test_a_free_leaf_without_a_gradient_has_no_update():
+    """As in Optax, whose `apply_updates` wants one of every leaf, and `equinox.apply_updates` does not."""
+    params, plan = setting()
+    params = fg.initialize(jax.random.key(0), params, plan)
+    tx = fg.fgsgd(0.1, plan, momentum=0.9)
+    grads = {"conv": {"kernel": jnp.sin(3 * params["conv"]["kernel"]), "bias": None}}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    alone, _ = optax.sgd(0.1).update(grads, optax.sgd(0.1).init(params), params)
+    assert updates["conv"]["bias"] is alone["conv"]["bias"] is None
+    assert np.max(np.abs(updates["conv"]["kernel"])) > 1e-4
+
+
+def test_a_rate_of_zero_moves_by_round_off_and_a_frozen_leaf_not_at_all():
+    params, plan = setting()
+    params = fg.initialize(jax.random.key(0), params, plan)
+    grads = jax.tree.map(jnp.ones_like, params)
+    for tx, most in ((fg.fgsgd(0.0, plan), 1e-7), (optax.chain(fg.fgsgd(0.1, plan), optax.freeze(True)), 0.0)):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert max(float(jnp.max(jnp.abs(u))) for u in jax.tree.leaves(updates)) <= most
+
+
+def test_a_state_is_asked_for_without_parameters_by_a_plan_only():
+    tx = fg.fgsgd(0.1, PLAN_RULES)
+    params, _ = setting()
+    state = tx.init(fg.initialize(jax.random.key(0), params, PLAN_RULES))
+    with pytest.raises(ValueError, match=r"give it the plan, fg.plan\(params, rules\)"):
+        optax.tree_utils.tree_map_params(tx, lambda leaf: leaf, state)

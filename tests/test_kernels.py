@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import fgsgd_jax as fg
 from fgsgd_jax import kernels
-from fgsgd_jax.kernels import _api, _cpu_chunks, _cpu_lengths, _cpu_planes, _reference, _xla
+from fgsgd_jax.kernels import _api, _cpu_chunks, _cpu_lengths, _cpu_planes, _reference, _tpu_matrices, _xla
 from fgsgd_jax.kernels._layers import Layer
 from fgsgd_jax.manifolds import Mixture
 
@@ -47,8 +47,11 @@ CASES = [
     (_xla, MIX, (2, 5), FEW),
     (_xla, OTHER_RETRACTIONS, (3, 3), FEW),
     (_xla, (fg.Stiefel(),), (12, 8), FEW),
+    (_tpu_matrices, MIX, (32, 16), FEW),
+    (_tpu_matrices, (fg.Stiefel(),), (16, 24), FEW),
 ]
 FAST = {(0, "float32"), (0, "float64"), (1, "float32"), (3, "float32"), (6, "float32"), (7, "float32"), (12, "float32")}
+FAST |= {(15, "float32")}
 
 
 def named(manifolds):
@@ -284,6 +287,59 @@ def test_which_form_serves_is_decided_by_exact_type_and_shape():
         assert _api.form_for(manifolds, 3, 3, 1024) is _xla
     for n, p, count in ((3, 3, 0), (0, 3, 1024), (3, 0, 1024), (64, 64, 4), (2, 5, 1024)):
         assert _api.form_for(MIX, n, p, count) is _xla
+    assert _tpu_matrices.serves(MIX, 65, 8, 1)
+    assert _tpu_matrices.serves((fg.Stiefel(),), 8, 80, 1)
+    for manifolds, n, p in (
+        (MIX, 3, 3),
+        (LENGTHS, 64, 64),
+        ((Own(),), 64, 64),
+        ((fg.Stiefel(retraction="qr"),), 64, 64),
+    ):
+        assert not _tpu_matrices.serves(manifolds, n, p, 1)
+
+
+def one_pass(a, b):
+    """A product as TPUs have it: of bfloat16, summed in float32."""
+    return jnp.matmul(*(x.astype(jnp.bfloat16) for x in (a, b)), preferred_element_type=jnp.float32)
+
+
+def three_passes(a, b):
+    high_a, high_b = (lax.reduce_precision(x, 8, 7) for x in (a, b))
+    return one_pass(high_a, high_b) + (one_pass(high_a, b - high_b) + one_pass(a - high_a, high_b))
+
+
+@pytest.mark.parametrize("start", ["random", "permutation"])
+@pytest.mark.parametrize("shape", [(128, 24), (32, 40)])
+def test_products_of_few_passes_keep_the_constraint(shape, start, monkeypatch):
+    """On CPU all products are exact: here they are those of a TPU. Nothing averages out where y has one entry a row."""
+    monkeypatch.setattr(_tpu_matrices, "_one_pass", one_pass)
+    monkeypatch.setattr(_tpu_matrices, "_three_passes", three_passes)
+    stiefel, rng = (fg.Stiefel(),), np.random.default_rng(0)
+    x = (
+        rng.standard_normal((6, *shape))
+        if start == "random"
+        else np.eye(*shape)[rng.permutation(shape[0])] * np.ones((6, 1, 1))
+    )
+    s = np.exp(rng.uniform(-3, 1, 6))
+    x = np.asarray(fg.Stiefel(jnp.asarray(s)).nearest(jnp.asarray(x)), np.float32)
+    w = h.spread(s) * rng.standard_normal(x.shape) / math.prod(shape) ** 0.5
+    own = Layer(*(jnp.asarray(a, jnp.float32) for a in (x, w)), None, jnp.asarray(s, jnp.float32))
+    exact = Layer(
+        *(jnp.asarray(np.asarray(a, np.float64)) for a in own[:2]), None, jnp.asarray(own.radius, jnp.float64)
+    )
+
+    (t,), _ = _tpu_matrices.tangent(stiefel, [own])
+    its_t, _ = _reference.tangent_of(stiefel)(exact)
+    assert np.max(h.norm(np.asarray(t) - np.asarray(its_t)) / h.norm(w)) <= 1e-5
+    step = jax.jit(lambda factor: _tpu_matrices.step(stiefel, [own], factor, False)[0][0])
+    its_step = jax.jit(lambda factor: _reference.step_of(stiefel, factor, False)(exact)[0])
+    for length in (1e-6, 1e-3, 0.01, 0.1, 1.0, 30.0, 1e4):
+        move, its_move = step(jnp.float32(length)), its_step(jnp.float64(length))
+        assert np.max(h.violation("stiefel", np.asarray(x + np.asarray(move), np.float64), s)) <= 6e-7, length
+        if length <= 1:
+            # Beside the step, what rounding a point does.
+            limit = 5e-4 * h.norm(np.asarray(its_move)) + 1e-6 * s * min(shape) ** 0.5
+            assert np.all(h.norm(np.asarray(move) - np.asarray(its_move)) <= limit), length
 
 
 def test_layers_of_all_sizes_and_manifolds_at_once():
@@ -459,6 +515,21 @@ def test_what_pleases_one_compiler_is_in_no_other_program(manifolds, shape):
     assert own in lowered("cpu")
     for platform in ("tpu", "cuda"):
         assert own not in lowered(platform)
+
+
+def test_products_of_few_passes_are_those_of_the_tpu_program():
+    """Those of full precision would compile for minutes."""
+    its = example((fg.Stiefel(),), (32, 24), ((3, 5), (3, 5)), "float32")
+    numbers = (*arrays(its), jnp.zeros((), jnp.float32))
+    program = jax.jit(lambda *numbers: operations(its.mixtures(), *numbers))
+    allowed = export.DisabledSafetyCheck.custom_call("LayoutConstraint")
+    text = export.export(program, platforms=("tpu",), disabled_checks=[allowed])(*numbers).mlir_module()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert not any("HIGHEST" in line for line in products)
+    # Of two layers.
+    assert sum("HIGH" in line for line in products) == 2 * 3
+    assert sum("bf16" in line for line in products) == 2 * 4
+    assert len(products) == 2 * (3 + 4 + 2)
 
 
 SHARDED = """

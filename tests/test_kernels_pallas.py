@@ -1,23 +1,24 @@
-"""The Pallas kernels, interpreted on CPU, against the manifolds' own methods and against `fgsgd` step by step.
-
-Operation by operation: XLA on CPU takes seconds to compile what is one kernel elsewhere.
-"""
+"""The Pallas kernels, interpreted on CPU, against `fgsgd` without kernels and against the manifolds' own methods."""
 
 import dataclasses
 import functools
 import re
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
 import fgsgd_jax as fg
-from fgsgd_jax.kernels import _pallas_tpu, _pallas_triton
-from fgsgd_jax.kernels._pallas_entries import Points, serves
-from fgsgd_jax.kernels._pallas_layer import LayerType, figures
+from fgsgd_jax.kernels import _descend, _pallas_tpu, _pallas_triton
+from fgsgd_jax.kernels._pallas_entries import Points
+from fgsgd_jax.kernels._pallas_layer import LayerType
+from fgsgd_jax.transforms._at_once import check_kernels
 
 FORMS = {"tpu": _pallas_tpu, "triton": _pallas_triton}
 THREE = (fg.Sphere(), fg.Oblique(), fg.Stiefel())
@@ -32,165 +33,132 @@ def matrices(entries):
     return jnp.stack([jnp.stack(row, -1) for row in entries], -2)
 
 
-def arguments(plan, path):
-    """What a kernel is told of a layer of a plan: its static part, kinds and codes."""
-    collection = plan.collections[path]
-    inputs, outputs = collection.group.shape
-    members, number = len(collection.manifolds), collection.num_groups
-    if number in (1, inputs * outputs):
-        grouping, code = "layer" if number == 1 else "matrix", None
-    else:
-        grouping = {"PI": "row", "PO": "column", "PIO": "row or column"}[collection.scheme]
-        # The groups of PIO's columns come first.
-        of_columns = (collection.group < outputs) & (grouping == "row or column")
-        code = jnp.asarray(collection.member + members * of_columns, jnp.int8)
-    kind = jnp.asarray(collection.kind, jnp.int8) if len(collection.kinds) > 1 else None
-    return LayerType(collection.kinds, grouping, members), kind, code
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A parameter, its scheme, and the options of `fgsgd`."""
 
-
-class Trainer:
-    """Steps of one kernel by a form."""
-
-    def __init__(self, form, plan, rate=0.1, momentum=0.9, nesterov=False, rho=1.0, curvature=0.0, decay=0.0):
-        self.form, self.plan = form, plan
-        layer, self.kind, self.code = arguments(plan, "kernel")
-        self.layer = dataclasses.replace(layer, nesterov=nesterov)
-        self.scalars = jnp.array([-rate, momentum or 0.0, rho, curvature, decay], jnp.float32)
-        grid = plan.collections["kernel"].group.shape
-        self.radius = jnp.broadcast_to(jnp.asarray(plan.collections["kernel"].gamma, jnp.float32), grid)
-        self.has_momentum = momentum is not None
-
-    def init(self, x):
-        return jnp.zeros(x.shape, jnp.float32) if self.has_momentum else None
-
-    def step(self, x, g, m, new_radius=None):
-        with jax.disable_jit():
-            found = self.form.descend(
-                self.layer, self.scalars, x, g, m, self.kind, self.radius, new_radius, self.code, interpret=True
-            )
-            return found, figures(self.scalars, [found])[0]
+    shape: tuple[int, ...]
+    scheme: Any
+    options: dict[str, Any]
+    dtype: Any = jnp.float32
 
 
 CASES = {
-    "PIO": ((3, 3, 4, 6), fg.PIO(THREE), {"momentum": 0.9}),
-    "PI": ((3, 3, 3, 5), fg.PI(THREE), {"momentum": 0.9, "nesterov": True}),
-    "PO": ((3, 3, 5, 3), fg.PO((fg.Euclidean(), fg.Stiefel())), {"momentum": None, "rho": 0.5, "curvature": 2.0}),
-    "Whole": ((3, 3, 2, 2), fg.Whole(fg.Stiefel()), {"momentum": 0.5}),
-    "Each": ((3, 1, 2, 3), fg.Each(fg.Oblique()), {"momentum": 0.5}),
-    "Euclidean": ((2, 3, 2, 3), fg.Whole(fg.Euclidean()), {"momentum": 0.5, "weight_decay": 0.1}),
-    "tall": ((5, 2, 1, 3), fg.PO(THREE), {"momentum": 0.9}),
-    "blocks": ((1, 3, 70, 6), fg.PIO((fg.Sphere(), fg.Stiefel())), {"momentum": 0.9}),
-    "swapped": ((2, 1, 70, 3), fg.PIO(THREE), {"momentum": 0.9}),
+    "PIO": Case((3, 3, 4, 6), fg.PIO(THREE), {"momentum": 0.9, "rescaling": fg.Rescaling(every=2)}),
+    "PO": Case((1, 3, 5, 3), fg.PO((fg.Euclidean(), fg.Stiefel())), {"momentum": 0.9, "nesterov": True}, jnp.bfloat16),
+    "stacked": Case((2, 2, 2, 3, 5), fg.PI((fg.Sphere(), fg.Stiefel()), layers=1), {"rho": 0.5, "curvature": 2.0}),
+    "Each": Case((3, 1, 2, 3), fg.Each(fg.Oblique()), {"momentum": 0.5}),
+    "Whole": Case((3, 2, 2, 4), fg.Whole(fg.Stiefel()), {"momentum": 0.5}),
+    "Euclidean": Case((2, 3, 2, 4), fg.Whole(fg.Euclidean()), {"momentum": 0.5, "weight_decay": 0.1}),
+    "PI": Case((3, 3, 3, 5), fg.PI(THREE), {"momentum": 0.9, "nesterov": True}),
+    "tall": Case((5, 2, 1, 11), fg.PO(THREE), {"momentum": 0.9}),
+    "custom": Case(
+        (2, 2, 2, 3), fg.Custom((fg.Sphere(), fg.Stiefel()), [[0, 0, 1], [1, 1, 0]], [[0, 0, 1], [1, 2, 0]]), {}
+    ),
+    "swapped": Case((2, 1, 70, 3), fg.PIO(THREE), {"momentum": 0.9}),
+    "blocks": Case((1, 3, 70, 6), fg.PIO((fg.Sphere(), fg.Stiefel())), {"momentum": 0.9}),
 }
+FAST = ("PIO", "PO", "stacked")
+# Every group far above and below ζ = 1; no gradient; one that is refused, for its NaN or for its size.
+GRADIENTS = (3.0, 0.05, 0.0, np.nan, 1e30)
+
+
+@pytest.fixture
+def interpreted(users_settings, monkeypatch):
+    """Has programs for CPU take the kernels of a form."""
+    return lambda form: monkeypatch.setitem(_descend.FORMS, "cpu", _descend.Form(FORMS[form], interpret=True))
+
+
+def optimizer(case, plan, **options):
+    return fg.fgsgd(0.1, plan, **CASES[case].options, **options)
 
 
 @functools.cache
-def trained(case, dtype=jnp.float32):
-    """Two steps of `fgsgd`: plan, points, gradients, updates and figures."""
-    shape, scheme, options = CASES[case]
-    zeros = {"kernel": jnp.zeros(shape, dtype)}
-    with jax.numpy_dtype_promotion("standard"):
-        plan = fg.plan(zeros, [("kernel", scheme)], seed=3)
-        params = fg.initialize(jax.random.key(0), zeros, plan)
-        rng = np.random.default_rng(0)
-        tx = fg.fgsgd(0.1, plan, **options)
-        state, found = tx.init(params), []
-        update = jax.jit(tx.update)
-        for scale in (3.0, 0.3):
-            g = jnp.asarray(scale * rng.standard_normal(shape), dtype)
-            updates, state = update({"kernel": g}, state, params)
-            found.append((params["kernel"], g, updates["kernel"], fg.metrics(state)["kernel"]))
-            params = optax.apply_updates(params, updates)
+def steps(case):
+    """Steps of `fgsgd` without kernels: of each what `update` was given and what it answered."""
+    of, found = CASES[case], []
+    zeros = {"kernel": jnp.zeros(of.shape, of.dtype)}
+    plan = fg.plan(zeros, [("kernel", of.scheme)], seed=3)
+    params = fg.initialize(jax.random.key(0), zeros, plan)
+    rng, channels = np.random.default_rng(0), of.shape[-2]
+    moments = fg.FeatureMoments(jnp.full(channels, 9.0), jnp.zeros(channels), 9 * jnp.linspace(1, 4, channels))
+    given = {"feature_moments": {"kernel": moments} if "rescaling" in of.options else None}
+    tx = optimizer(case, plan, kernels="xla")
+    state, update = tx.init(params), jax.jit(tx.update)
+    for scale in GRADIENTS:
+        g = rng.standard_normal(of.shape)
+        if 0 <= scale < 1e20:
+            g = scale * g
+        else:
+            g[..., -1, 0, 1] = scale
+        g = {"kernel": jnp.asarray(g, of.dtype)}
+        updates, after = update(g, state, params, **given)
+        found.append(((g, state, params), given, (updates, after)))
+        params, state = optax.apply_updates(params, updates), after
+    if "momentum" in of.options:
+        # Last a buffer that is no number.
+        broken = state._replace(momentum=jax.tree.map(lambda m: m.at[..., 0, 1].set(np.nan), state.momentum))
+        found.append(((g, broken, params), given, update(g, broken, params, **given)))
     return plan, found
 
 
-@pytest.mark.parametrize("case", ["PIO", "PI", "PO", "Whole", "Each", "Euclidean", "tall"])
+def check(found, expected):
+    (updates, state), (expected_updates, expected_state) = found, expected
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    size = float(jnp.max(fg.radii(state)["kernel"]))
+    chex.assert_trees_all_close(updates, expected_updates, rtol=0, atol=2e-6 * size)
+    chex.assert_trees_all_close(state, expected_state, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 @pytest.mark.parametrize("form", FORMS)
-def test_steps_are_those_of_fgsgd(form, case):
-    plan, steps = trained(case)
-    options = dict(CASES[case][2])
-    decay = options.pop("weight_decay", 0.0)
-    trainer, m = Trainer(FORMS[form], plan, decay=decay, **options), None
-    # The second step is the first one with momentum behind it.
-    for x, g, update, metrics in steps[: 2 if case in ("PIO", "Euclidean") else 1]:
-        found, (above, norm, refused, ratio) = trainer.step(x, g, trainer.init(x) if m is None else m)
-        m = found.momentum
-        np.testing.assert_allclose(found.displacement, update, rtol=0, atol=1e-6 * float(trainer.radius.max()))
-        assert above / plan["kernel"].num_groups == pytest.approx(float(metrics.zeta_share))
-        assert norm == pytest.approx(float(metrics.grad_norm), rel=1e-5)
-        assert ratio == pytest.approx(float(metrics.step_ratio), rel=1e-5)
-        assert refused == 0
+def test_steps_are_those_without_kernels(interpreted, form, case):
+    plan, expected = steps(case)
+    interpreted(form)
+    update = jax.jit(optimizer(case, plan, kernels="pallas").update)
+    assert max(int(fg.refused(after)["kernel"]) for *_, (_, after) in expected) > 1
+    for given, options, answer in expected:
+        check(update(*given, **options), answer)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_bfloat16(form):
-    plan, ((x, g, update, _), _) = trained("PIO", jnp.bfloat16)
-    trainer = Trainer(FORMS[form], plan)
-    found, _ = trainer.step(x, g, trainer.init(x))
-    assert found.displacement.dtype == jnp.bfloat16
-    assert found.momentum.dtype == jnp.float32
-    np.testing.assert_allclose(found.displacement.astype(float), update.astype(float), rtol=2**-7, atol=1e-6)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_new_radii_are_reached(form):
-    plan, ((x, g, _, _), _) = trained("PIO")
-    trainer = Trainer(FORMS[form], plan)
-    radius = trainer.radius * jnp.linspace(0.5, 2, 4, dtype=jnp.float32)[:, None]
-    found, _ = trainer.step(x, g, trainer.init(x), radius)
-    violation = fg.violation({"kernel": x + found.displacement}, plan, radii={"kernel": radius})
-    assert violation["kernel"] < 1e-6
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("case", "bad"), [("PIO", np.nan), ("Whole", np.inf), ("Each", 1e30)])
-def test_gradients_without_a_finite_norm_are_refused(form, case, bad):
-    plan, ((x, g, _, _), _) = trained(case)
-    trainer = Trainer(FORMS[form], plan)
-    m = jnp.ones(x.shape, jnp.float32)
-    found, (above, norm, refused, ratio) = trainer.step(x, g.at[-1, -1, 1, 1].set(bad), m)
-    same, _ = trainer.step(x, jnp.zeros_like(g), m)
-    assert refused == 1
-    assert above == norm == 0
-    assert ratio > 0
-    assert jnp.array_equal(found.displacement, same.displacement)
-    assert jnp.array_equal(found.momentum, same.momentum)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("bad", [np.nan])
-def test_points_stay_where_momentum_is_no_number(form, bad):
-    plan, ((x, g, _, _), _) = trained("PIO")
-    trainer = Trainer(FORMS[form], plan)
-    found, (_, _, refused, ratio) = trainer.step(x, g, trainer.init(x).at[..., 1, 1].set(bad))
-    assert refused == 0
-    assert ratio == jnp.inf
-    assert jnp.max(jnp.abs(found.displacement[..., 1, 1])) < 1e-7
-    assert jnp.all(jnp.isfinite(found.displacement))
-
-
-def test_tpu_takes_large_layers_block_by_block(monkeypatch):
-    """Of the last block a part is not the layer's; and rows of 32, which do not divide 70."""
-    plan, ((x, g, update, metrics), _) = trained("blocks")
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("case", ["PIO", "Each", "blocks", "swapped"])
+def test_tpu_takes_large_layers_block_by_block(interpreted, monkeypatch, case, at_once):
+    """In blocks of 32 rows, of which the last goes past the end of 70; in one kernel or, as shared out layers, two."""
+    plan, expected = steps(case)
     monkeypatch.setattr(_pallas_tpu, "_BLOCK", 1)
-    trainer = Trainer(_pallas_tpu, plan)
-    found, (_, norm, refused, ratio) = trainer.step(x, g, trainer.init(x))
-    np.testing.assert_allclose(found.displacement, update, rtol=0, atol=1e-6)
-    assert norm == pytest.approx(float(metrics.grad_norm), rel=1e-5)
-    assert ratio == pytest.approx(float(metrics.step_ratio), rel=1e-5)
-    assert refused == 0
+    if not at_once:
+        monkeypatch.setattr(_pallas_tpu, "descends", lambda layer, shape: False)
+    interpreted("tpu")
+    update = jax.jit(optimizer(case, plan).update)
+    for given, options, answer in expected:
+        check(update(*given, **options), answer)
 
 
 def test_tpu_turns_layers_as_xla_lays_them():
     assert _pallas_tpu._lies_swapped((3, 3, 128, 32), jnp.dtype(jnp.float32))
     assert not _pallas_tpu._lies_swapped((3, 3, 32, 128), jnp.dtype(jnp.float32))
     assert not _pallas_tpu._lies_swapped((3, 3, 16, 16), jnp.dtype(jnp.float32))
-    plan, ((x, g, update, metrics), _) = trained("swapped")
-    assert _pallas_tpu._lies_swapped(x.shape, x.dtype)
-    trainer = Trainer(_pallas_tpu, plan)
-    found, (_, norm, _, _) = trainer.step(x, g, trainer.init(x))
-    np.testing.assert_allclose(found.displacement, update, rtol=0, atol=1e-6)
-    assert norm == pytest.approx(float(metrics.grad_norm), rel=1e-5)
+    assert _pallas_tpu._lies_swapped(CASES["swapped"].shape, jnp.dtype(jnp.float32))
+
+
+def test_derivatives_and_batches_are_those_without_kernels(interpreted):
+    plan, ((given, _, (updates, _)), *_) = steps("PIO")
+    interpreted("tpu")
+    tx, (g, state, params) = optimizer("PIO", plan), given
+    both = jax.jit(jax.vmap(lambda g: tx.update(g, state, params)[0]))(jax.tree.map(lambda g: jnp.stack([g, g]), g))
+    np.testing.assert_allclose(both["kernel"][1], updates["kernel"], atol=2e-6)
+
+    def moved(scale, tx):
+        return jnp.sum(tx.update(jax.tree.map(lambda g: scale * g, g), state, params)[0]["kernel"] ** 2)
+
+    derivative = jax.jit(jax.grad(moved), static_argnums=1)
+    expected = derivative(jnp.float32(1), optimizer("PIO", plan, kernels="xla"))
+    assert expected != 0
+    assert derivative(jnp.float32(1), tx) == pytest.approx(float(expected), rel=1e-4)
 
 
 LENGTHS = (0.0, 1e-6, 1e-3, 0.1, 0.4, 1.0, 10.0, 1e2, 1e3, 1e4)
@@ -253,36 +221,76 @@ def test_what_is_served():
     class Own(fg.Sphere):
         pass
 
-    assert serves(fg.Stiefel(), 3, 3)
-    assert not serves(fg.Stiefel(retraction="qr"), 3, 3)
-    assert not serves(Own(), 3, 3)
-    assert not serves(fg.Sphere(), 9, 9)
-    layer = LayerType(THREE, "row", 3)
+    single, half, double = (jnp.dtype(dtype) for dtype in (np.float32, jnp.bfloat16, np.float64))
     for form in FORMS.values():
-        assert form.serves(layer, (3, 3, 512, 512), jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-        assert not form.serves(layer, (3, 3, 8, 8), jnp.dtype(jnp.float64))
-        assert not form.serves(dataclasses.replace(layer, grouping="custom"), (3, 3, 8, 8), jnp.dtype(jnp.float32))
-    assert not _pallas_triton.serves(layer, (9, 3, 8, 8), jnp.dtype(jnp.float32))
-    assert not _pallas_tpu.serves(layer, (3, 3, 2048, 2048), jnp.dtype(jnp.float32))
+        assert form.unserved(LayerType(THREE, "row", 3), 3, 3, single, half) is None
+        assert "float64" in form.unserved(LayerType(THREE, "row", 3), 3, 3, double)
+        assert "Own" in form.unserved(LayerType((Own(),), "row", 1), 3, 3, single)
+        assert "qr" in form.unserved(LayerType((fg.Stiefel(retraction="qr"),), "row", 1), 3, 3, single)
+        assert "entries" in form.unserved(LayerType((fg.Sphere(),), "row", 1), 9, 9, single)
+    assert _pallas_tpu.unserved(LayerType(THREE, "row", 3), 9, 3, single) is None
+    assert "entries" in _pallas_triton.unserved(LayerType(THREE, "row", 3), 9, 3, single)
+    # What is too large for VMEM, or has groups of any form, takes two kernels.
+    assert _pallas_tpu.descends(LayerType(THREE, "row", 3), (3, 3, 512, 512))
+    assert not _pallas_tpu.descends(LayerType(THREE, "row", 3), (3, 3, 2048, 2048))
+    assert not _pallas_tpu.descends(LayerType(THREE, "custom", 3), (3, 3, 8, 8))
 
 
-@pytest.mark.parametrize(("form", "platform", "calls"), [("tpu", "tpu", 1), ("triton", "cuda", 2)])
-def test_layers_of_one_shape_share_their_kernels(form, platform, calls):
-    """Lowered for the platform on any machine: one or two custom calls, in one function of all layers."""
-    layer = LayerType(THREE, "row or column", 3)
-    descend = jax.jit(FORMS[form].descend, static_argnums=0)
-    grid, shape = (4, 6), (3, 3, 4, 6)
-    one = jax.ShapeDtypeStruct(shape, jnp.float32)
-    code, radius = jax.ShapeDtypeStruct(grid, jnp.int8), jax.ShapeDtypeStruct(grid, jnp.float32)
+SHAPES = {"a": (3, 3, 8, 16), "b": (3, 3, 8, 16), "c": (3, 3, 16, 16), "dense": (16, 8), "bias": (8,)}
 
-    def step(scalars, x, y, g, m, code, radius):
-        return [descend(layer, scalars, each, g, m, code, radius, None, code) for each in (x, y)]
 
-    scalars = jax.ShapeDtypeStruct((5,), jnp.float32)
-    lowered = jax.jit(step).trace(scalars, one, one, one, one, code, radius).lower(lowering_platforms=(platform,))
-    text = lowered.as_text()
-    assert len(re.findall(r"custom_call @(tpu_custom_call|__gpu\$xla\.gpu\.triton)", text)) == calls
-    assert text.count("call @descend") == 2
+def lowered(platform, sharding=None, paths=SHAPES, **options):
+    """An update for a platform that this machine may lack, the parameters lying as `sharding` says."""
+    params = {path: jax.ShapeDtypeStruct(SHAPES[path], jnp.float32, sharding=sharding) for path in paths}
+    rules = [(path, scheme) for path, scheme in (("dense", fg.Whole(fg.Stiefel())), ("bias", None)) if path in paths]
+    tx = fg.fgsgd(0.1, fg.plan(params, [*rules, ("?", fg.PIO(THREE))]), momentum=0.9, **options)
+    return (
+        jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params), params).lower(lowering_platforms=(platform,))
+    )
+
+
+def kernels_in(program):
+    """How many kernels there are to compile, and how many are called."""
+    text = program.as_text()
+    compiled = re.findall(r"custom_call @(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)", text)
+    return len(compiled), len(re.findall(r"call @(?:descend|measure|move)", text))
+
+
+@pytest.mark.usefixtures("users_settings")
+@pytest.mark.parametrize(("platform", "compiled", "called"), [("tpu", 2, 3), ("cuda", 4, 6)])
+def test_layers_of_one_shape_share_their_kernels(platform, compiled, called):
+    """One or two custom calls in a function of all layers of one shape; a matrix has none."""
+    assert kernels_in(lowered(platform)) == (compiled, called)
+    assert kernels_in(lowered(platform, kernels="xla")) == (0, 0)
+
+
+def over(axes, *spec):
+    return NamedSharding(AbstractMesh((axes,), ("channels",), axis_types=(AxisType.Auto,)), P(*spec))
+
+
+@pytest.mark.usefixtures("users_settings")
+@pytest.mark.parametrize(("platform", "called"), [("tpu", (3, 6)), ("cuda", (6, 6))])
+def test_programs_for_several_devices_have_kernels_where_shardings_are_known(platform, called):
+    """On TPU one kernel a layer where every device has all of it, whatever number of devices this process sees."""
+    everywhere, shared = over(4), over(4, None, None, None, "channels")
+    assert kernels_in(lowered(platform, everywhere)) == (0, 0)
+    assert kernels_in(lowered(platform, everywhere, shardings=everywhere))[1] == called[0]
+    assert kernels_in(lowered(platform, shared, "abc", shardings=dict.fromkeys("abc", shared)))[1] == called[1]
+
+
+@pytest.mark.usefixtures("users_settings")
+def test_kernels_are_refused_with_path_and_reason():
+    with pytest.raises(ValueError, match=r"kernels=\'triton\'.*\'pallas\'"):
+        check_kernels("triton")
+    with pytest.raises(ValueError, match="a: there are none for this platform"):
+        lowered("cpu", paths="abc", kernels="pallas")
+    with pytest.raises(ValueError, match="dense: the kernels take"):
+        lowered("tpu", kernels="pallas")
+    with pytest.raises(ValueError, match=r"a: .*shardings="):
+        lowered("tpu", over(4), "abc", kernels="pallas")
+    with pytest.raises(ValueError, match="a: entries of one matrix"):
+        lowered("cuda", over(3, "channels"), "abc", kernels="pallas", shardings=over(3, "channels"))
+    assert kernels_in(lowered("tpu", paths="abc", kernels="pallas"))[1] == 3
 
 
 def test_branch_free():

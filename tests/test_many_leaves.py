@@ -128,9 +128,9 @@ def test_programs_that_draw_and_move_weights_are_shared():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "limit"), [(300, 10), (3000, 40)])
+@pytest.mark.parametrize(("count", "limit"), [(300, 10), (3000, 25)])
 def test_the_time_of_many_leaves(count, limit, record_property):
-    """Seconds of the processor. XLA itself takes 17 s for the updates of 3,000 leaves by optax.adam."""
+    """Seconds of the processor. XLA itself takes 20 s for the updates of 3,000 leaves by optax.adam."""
 
     def seconds(call):
         start = time.process_time()

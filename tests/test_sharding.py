@@ -23,6 +23,9 @@ SLICES = [f"gathers/{kind}/{name}/conv/conv2" for kind, name in (("Auto", "fgsgd
 ROWS = "gathers/Explicit/fgsgd/tall"
 SHARED_OUT = [f"shared out/{kind}/{name}" for kind in TYPES for name in ("fgsgd", "chain", "adam")]
 EARLY = ["early/Auto/fgsgd/conv2", "early/Explicit/adam/conv/conv2"]
+KERNELS = [
+    f"kernels/{form}/{place}" for form in ("tpu", "cuda") for place in ("Auto/data", "Auto/inputs", "Explicit/fully")
+]
 WHOLE = "gathers/Auto/fgsgd/qr"
 
 
@@ -92,6 +95,20 @@ def test_it_does_not_matter_when_the_plan_was_made(early, case):
 def test_rows_shared_out_stay_where_they_are(usual):
     """Enough of them for the squares of a column to be added up by parts."""
     assert usual[ROWS] == []
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return results(*KERNELS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", KERNELS)
+def test_kernels_take_the_part_of_each_device(kernels, case):
+    found = kernels[case]
+    assert found["gap"] <= 4e-6
+    assert found["exchanged"] == []
+    assert found["placed"]
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import re
 
 import chex
-import helpers as h
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,9 +82,8 @@ def test_the_program_does_not_grow_with_layers():
         plan = fg.plan(params, MIXED)
         params = fg.initialize(jax.random.key(0), params, plan)
         tx = fg.fgsgd(0.1, plan, momentum=0.9)
-        jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
-        heavy = ("dot_general", "svd", "qr", "while", "cond", "rsqrt", "sqrt")
-        return sum(e.primitive.name in heavy for e in h.equations(jaxpr.jaxpr))
+        text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+        return len(re.findall(r"stablehlo\.(dot_general|while|case|if|rsqrt|sqrt|custom_call)\b", text))
 
     assert 0 < operations(6) == operations(12)
 

@@ -91,6 +91,31 @@ def test_inject_hyperparams(lenient_promotion):
     assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rescaling": fg.Rescaling(every=2, floor=0.9, max_change=1.5)},
+        {"every": 2, "lambda_floor": 0.9, "max_change": 1.5},
+    ],
+    ids=["rescaling", "keywords of the first version"],
+)
+@pytest.mark.filterwarnings("ignore:.*is now.*:DeprecationWarning")
+def test_inject_hyperparams_leaves_what_is_static(options):
+    """As `every`, which no array can stand for; λ changes the radii as without it."""
+    params = {"kernel": jnp.eye(4, 3, dtype=jnp.float32)}
+    plan = fg.plan(params, [("*", fg.Whole(fg.Sphere()))])
+    params = fg.nearest(params, plan)
+    moments = {"kernel": fg.FeatureMoments(*(jnp.full(4, value, jnp.float32) for value in (10, 0, 40)))}
+
+    def radii_after(tx):
+        step = jax.jit(lambda state: tx.update(params, state, params, feature_moments=moments)[1])
+        return fg.radii(step(step(tx.init(params))))["kernel"]
+
+    found = radii_after(optax.inject_hyperparams(fg.fgsgd)(learning_rate=0.1, plan=plan, **options))
+    np.testing.assert_array_equal(found, radii_after(fg.fgsgd(0.1, plan, **options)))
+    assert np.all(found < 1)
+
+
 @pytest.mark.parametrize("power", [0.6, 1.0])
 def test_robbins_monro_diverges_and_converges(power):
     """Eq. 4: the rates sum to infinity, their squares do not. True of t^-power iff 1/2 < power <= 1."""

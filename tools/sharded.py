@@ -18,6 +18,8 @@ from chains import chained
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import fgsgd_jax as fg
+from fgsgd_jax.kernels import _pallas_tpu, _pallas_triton
+from fgsgd_jax.kernels._descend import FORMS, Form
 
 STEPS = 4
 SHAPES = {
@@ -137,6 +139,35 @@ def case(kind, layout, optimizer):
             ),
             "moved": gap(params, fg.initialize(jax.random.key(0), start, plan)),
         }
+
+
+def kernels(form, kind, layout):
+    """The kernels of a platform, interpreted, on the part of each device; what is exchanged, and the same on one."""
+    paths, mesh = ("conv", "conv2"), mesh_of(kind)
+    start, goal = ({path: tensors(number)[path] for path in paths} for number in (0, 1))
+    rules = [("*", fg.PIO([fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean()]))]
+    plan, found = fg.plan(start, rules), []
+    shardings = {path: NamedSharding(mesh, LAYOUTS[layout].get(path, P())) for path in paths}
+    for places in (None, shardings):
+        with jax.set_mesh(mesh) if places and kind == "Explicit" else contextlib.nullcontext():
+            if places:
+                FORMS["cpu"] = Form({"tpu": _pallas_tpu, "cuda": _pallas_triton}[form], interpret=True)
+            params, end = ((jax.device_put(tree, places) if places else on_one_device(tree)) for tree in (start, goal))
+            params = fg.initialize(jax.random.key(0), params, plan)
+            stated = None if kind == "Explicit" else places
+            only = "pallas" if places else "auto"
+            rescaling = fg.Rescaling(every=2)
+            tx = fg.fgsgd(0.1, plan, momentum=0.9, rescaling=rescaling, kernels=only, shardings=stated)
+            state, step = tx.init(params), stepper(tx, end)
+            text = step.lower(params, state).compile().as_text()
+            for _ in range(STEPS):
+                params, state = step(params, state)
+            found.append((params, fg.radii(state), list(fg.metrics(state).values())))
+    return {
+        "gap": max(gap(mine, theirs) for mine, theirs in zip(*found, strict=True)),
+        "exchanged": exchanged(text),
+        "placed": all(found[1][0][path].sharding.is_equivalent_to(shardings[path], 4) for path in paths),
+    }
 
 
 def on_one_device(tree):
@@ -281,6 +312,8 @@ def main(names):
             found[name] = gathers(*rest)
         elif first == "early":
             found[name] = early(*rest)
+        elif first == "kernels":
+            found[name] = kernels(*rest)
         elif first == "shared out":
             found[name] = shared_out(*rest)
         else:

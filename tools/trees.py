@@ -9,6 +9,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import json
 import pathlib
 import pickle
 import subprocess
@@ -538,8 +539,8 @@ def guarded() -> None:
 
 HEAD = """# Trees and tools
 
-Written by `python tools/trees.py` and held by the tests: not written by hand. Every row is a test in
-`tests/test_trees.py`, by the name that stands in it. *Works* means: the plan finds every leaf, two steps move all
+`python tools/trees.py` writes this page, and the tests compare it. Every row names its test in `tests/test_trees.py`.
+*Works* means: the plan finds every leaf, two steps move all
 weights and keep them on their manifolds, and `fg.radii`, `fg.metrics`, `fg.refused` and `fg.nearest` read the state.
 *Refused* is an error that names the path, what was found, and what to write. Which optimizers of Optax work, and in
 which of its wrappers, is in [what runs on manifolds](compatibility.md).
@@ -570,7 +571,45 @@ def document() -> str:
             found = WORKS if case.refused is None else "refused"
             parts.append(f"| {name} | {found} | {case.remedy} | `{test}[{name}]` |\n")
         parts.append("\n")
-    return "".join(parts).rstrip() + "\n"
+    return "".join(parts) + many_leaves()
+
+
+MANY_LEAVES = """## Many leaves
+
+What leaves St(8, 8) cost before the first step: seconds of the processor on {cores} cores, the least of {runs} runs in
+processes of their own ([figures](../benchmarks/results/many_leaves.json), by
+[`benchmarks/many_leaves.py`](../benchmarks/many_leaves.py)). The first `fg.initialize` takes {initialize} s for
+{counts} leaves, the first `fg.nearest` {nearest} s: leaves of one shape share their programs.
+
+The number of different kernels in the update of `fgsgd` does not grow with the leaves. What grows is what XLA spends on
+every argument and result of a program, as Optax's own optimizers show; `on_manifolds` and `riemannian_adam` pay for
+Adam's state as well. With thousands of leaves of a shape, stack the layers in the model and write `layers=1`.
+
+| compile an update, s | {columns} |
+| --- |{rule}
+"""
+
+
+def many_leaves() -> str:
+    """The section with the figures of benchmarks/many_leaves.py."""
+    found = json.loads((DOCUMENT.parent.parent / "benchmarks/results/many_leaves.json").read_text())
+    rows, counts = found["rows"], sorted({row["leaves"] for row in found["rows"]})
+
+    def least(what: str, count: int, name: str) -> str:
+        runs = [run for row in rows if (row["leaves"], row["name"]) == (count, name) for run in row["runs"]]
+        return f"{min(run[what]['cpu'] for run in runs):.1f}" if runs else "—"
+
+    text = MANY_LEAVES.format(
+        cores=found["machine"]["cores used"],
+        runs=len(rows[0]["runs"]),
+        counts=" and ".join(f"{count:,}" for count in counts),
+        columns=" | ".join(f"{count:,} leaves" for count in counts),
+        rule=" ---: |" * len(counts),
+        **{what: " and ".join(least(what, n, "fgsgd") for n in counts) for what in ("initialize", "nearest")},
+    )
+    for name in dict.fromkeys(row["name"] for row in rows):
+        text += f"| `{name}` | {' | '.join(least('compile', count, name) for count in counts)} |\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ _SHOWN = 20
 
 
 class Statement(NamedTuple):
-    """Whether a norm is at most `limit`, for every group of a layer; it lies certainly between `lower` and `upper`."""
+    """Whether a norm is at most `limit`, for every group of a layer; it lies between `lower` and `upper`."""
 
     lower: Float64[np.ndarray, " groups"]
     upper: Float64[np.ndarray, " groups"]
@@ -38,7 +38,7 @@ class Statement(NamedTuple):
 
 
 class Violation(NamedTuple):
-    """A statement that is not certain, of one group."""
+    """A group whose norm could not be certified."""
 
     path: str
     group: int
@@ -114,8 +114,8 @@ def certify(params: Any, plan: Plan, tolerance: float = 0.0) -> Certificate:
     themselves are measured, concatenated as in `norms`, in float64 with all roundings accounted for: what is
     certified is true of the exact norms of the numbers stored, and what is not is named.
 
-    A norm of exactly 1 can be told from a larger one by no such arithmetic; weights that are to lie at 1 lie there to
-    the round-off of their own dtype. Give that as `tolerance`.
+    Rounded arithmetic cannot tell a norm of exactly 1 from one that is larger by round-off, and weights that should
+    have norm 1 have it only to the round-off of their dtype. Give that as `tolerance`.
 
     Args:
       params: the parameters, concrete arrays: this is not for use inside jit.

@@ -34,7 +34,7 @@ Scales = Mapping[str, Float[Array, " outputs"]]
 
 
 class ConvNorms(NamedTuple):
-    """Three spectral norms of a layer; one and the same of a Dense layer's matrix, but for the bound's slack."""
+    """Three spectral norms of a layer. For a Dense layer they agree, up to the bound's slack."""
 
     reshaped: Float[Array, ""]
     """of the kernel as a matrix of A·B·C rows and D columns: no bound of the convolution"""
@@ -49,19 +49,19 @@ def conv_norms(
 ) -> dict[str, ConvNorms]:
     """Operator norms of the layers: how much each can stretch its input, in the Euclidean norm.
 
-    * `reshaped` is the norm of the kernel as an (A·B·C)×D matrix. A kernel for which it is 1 is no 1-Lipschitz
-      convolution: it can be up to √(A·B) times more, or less.
+    * `reshaped` is the norm of the kernel as an (A·B·C)×D matrix. A kernel for which it is 1 need not be a 1-Lipschitz
+      convolution: the convolution's norm can be up to √(A·B) times as large, or smaller.
     * `circular` is the exact norm with circular padding at the layer's input size (the next multiple of the stride),
       by Fourier transform of the taps. Padding with zeros can give more or less.
     * `certified` is an upper bound for the layer as its geometry says, with its padding, stride, groups and dilation,
-      by Gram iteration. A convolution with zero padding is a part of the operator of a large enough torus, also of one
-      whose wave functions are twisted, since the part does not see where the torus closes. The bound is the least
-      over such tori and over √(overlap of the patches) times the norm of the reshaped kernel. Axes with few pixels
-      and channels are unrolled instead, without any slack. All rounding is accounted for.
+      by Gram iteration. A convolution with zero padding is a part of the convolution on a large enough torus, and of
+      one with twisted boundary conditions too, since the part does not see where the torus closes. The bound is the
+      least over such tori and over √(overlap of the patches) times the norm of the reshaped kernel. Axes with few
+      pixels and channels are unrolled instead, without any slack. All rounding is accounted for.
 
     Args:
-      params: the parameters: every matrix among them (two axes, inputs first) is taken as a Dense layer, every leaf of
-        one axis or none is left out.
+      params: the parameters. Leaves of two axes (inputs first) count as Dense layers; leaves of one axis or none are
+        left out.
       geometries: the geometry of each convolution, by the path of its kernel (HWIO).
       scales: factors on the outputs of layers, by path, that count as part of them: batch normalization in evaluation
         multiplies by scale/√(variance + ε).
@@ -70,7 +70,7 @@ def conv_norms(
       The norms by path, in the units of outputs per input (none).
 
     Raises:
-      ValueError: a path without its leaf, a kernel without a geometry, or one that does not fit it.
+      ValueError: for a path without a leaf, or a kernel whose geometry is missing or does not fit.
 
     References:
       Sedghi, Gupta & Long, The Singular Values of Convolutional Layers, 2019.

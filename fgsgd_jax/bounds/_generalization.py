@@ -109,18 +109,19 @@ def generalization_bounds(
       data: the number of training samples, or what `Sample.of` takes from them for the papers' own bounds.
       geometries: of the convolutions, by path, for the papers' own bounds.
       scales: factors on the outputs of layers, as in `conv_norms`; only for the papers' own bounds.
-      reference: parameters M fixed before training, by structure those of `params`: its initialization; None for zero.
+      reference: parameters M fixed before training, such as the initialization, in the structure of `params`; None for
+        zero.
       delta: whether Table 1 takes the measured norms or their bounds on the manifolds (inf for free weights).
       radii: of the manifolds, as in `norms`.
       width: ϖ of Table 1; None for the most inputs or outputs (channels) of any layer.
       margin_share: γ is the margin that this share of the samples does not exceed.
-      confidence: ε, the probability that the papers' bounds may fail with.
+      confidence: ε, the probability with which the papers' bounds may fail.
 
     Returns:
       The bounds and the margin.
 
     Raises:
-      ValueError: a number that makes no sense, or a layer without geometry.
+      ValueError: for an invalid number, or a layer without a geometry.
 
     References:
       Neyshabur, Tomioka & Srebro, Norm-Based Capacity Control in Neural Networks, 2015, theorem 1 (p = q = 2).

@@ -43,7 +43,7 @@ class Axis(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ConvGeometry:
-    """The geometry of a two-dimensional convolution: all of it that its kernel (HWIO) does not tell.
+    """The geometry of a two-dimensional convolution: what the shape of its kernel (HWIO) does not say.
 
     Args:
       size: height and width of its input, in pixels.
@@ -53,7 +53,7 @@ class ConvGeometry:
       dilation: `kernel_dilation`.
 
     Raises:
-      ValueError: what is no geometry, with what to write instead.
+      ValueError: for an invalid geometry; the message says what to write instead.
 
     Example:
       >>> import fgsgd_jax as fg

@@ -45,7 +45,7 @@ def log_lipschitz(network: "str | int | float | Chain | Sum", norms: Mapping[str
     """Natural logarithm of an upper bound of a network's Lipschitz constant, in the Euclidean norm.
 
     Products run over the certified norms of the layers, in logarithms because those of deep networks overflow, and are
-    rounded up. Activations, pooling and normalization enter as numbers of your own; of a batch normalization in
+    rounded up. Activations, pooling and normalization enter as numbers of your own; for batch normalization in
     evaluation it is tighter to give its scale to `conv_norms`. Attention and squeeze-and-excitation, which multiply
     functions of the input, are not Lipschitz on the whole space.
 
@@ -57,7 +57,7 @@ def log_lipschitz(network: "str | int | float | Chain | Sum", norms: Mapping[str
       The logarithm; -inf if a layer is zero, inf if one is not finite.
 
     Raises:
-      ValueError: a path without norms, or a constant that is negative or no number.
+      ValueError: for a path without norms, or a constant that is negative or no number.
 
     Example:
       >>> import math

@@ -29,8 +29,8 @@ class NormTable(NamedTuple):
 class LayerNorms(NamedTuple):
     """The norms of one weight: of its groups (arrays of one number per group), and of the whole layer (scalars).
 
-    Of a stack of layers, the groups are those of all its layers, as its collection numbers them, and `layer` has arrays
-    of one number per layer.
+    For a stack, the groups are those of all its layers, numbered as in its collection, and `layer` holds one number per
+    layer.
     """
 
     groups: NormTable
@@ -53,9 +53,9 @@ def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Laye
 
     Args:
       params: the parameters.
-      plan: the plan of these parameters. Weights that it leaves free are one Euclidean group each: the matrix of all
-        axes but the last by the last, so give a stack of free layers the scheme `Whole(Euclidean(), layers=1)`. What
-        has a single axis (biases, scales) is left out.
+      plan: the plan of these parameters. Each free weight is one Euclidean group, the matrix of all axes but the last
+        by the last; so give a stack of free layers the scheme `Whole(Euclidean(), layers=1)`. Leaves of one axis
+        (biases, scales) are left out.
       radii: of the manifolds: None for the plan's γ, or `fg.radii(opt_state)` for those of a training.
 
     Returns:

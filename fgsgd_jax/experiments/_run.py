@@ -213,20 +213,20 @@ def refuse_other_options(folder: Path, config: Config) -> None:
     unit = config.LENGTH
     if config.length < before.length:
         raise UsageError(
-            f"--{unit} {config.length}: the run in {folder} is one of {before.length} {unit}; it can go on for more of "
-            "them, not for fewer: leave the option out, or give another --run-dir for a new run"
+            f"--{unit} {config.length}: the run in {folder} is one of {before.length} {unit}; a run can be "
+            "extended, not shortened: leave the option out, or give another --run-dir for a new run"
         )
     schedule = getattr(before, "schedule", None)
     if config.length > before.length and schedule != CONSTANT:
         raise UsageError(
-            f"--{unit} {config.length}: the rates of the run in {folder} were drawn over {before.length} {unit} "
-            f"(--schedule {schedule}), so that every step of a longer one is another; train that anew in "
-            f"another --run-dir, with --schedule {CONSTANT} if it is to be made longer later"
+            f"--{unit} {config.length}: the run in {folder} has --schedule {schedule}, drawn over "
+            f"{before.length} {unit}, so a longer run has other rates from its first step; start it in another "
+            f"--run-dir, and with --schedule {CONSTANT} if you may want to extend it"
         )
     if config.length > before.length and isinstance(before, TextConfig) and before.steps % before.report_every:
         raise UsageError(
             f"--steps {config.length}: the last line of the run in {folder} is of fewer steps than --report-every "
-            f"{before.report_every}, and would be of more; train that anew in another --run-dir"
+            f"{before.report_every}, and would be of more; start a longer run in another --run-dir"
         )
 
 

@@ -1,5 +1,7 @@
 """Moments of the features that enter each matrix of a view."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -15,7 +17,7 @@ def matrix_moments(moments: FeatureMoments, view: View, shape: tuple[int, ...], 
       moments: of the features that enter a weight of `shape`.
       view: the weight's grid of matrices.
       shape: of the weight.
-      layer_axes: so many leading axes of the weight, and of the moments, stack layers.
+      layer_axes: how many leading axes of the weight, and of the moments, stack layers.
 
     Raises:
       ValueError: if the channels are not those of the weight.
@@ -26,6 +28,9 @@ def matrix_moments(moments: FeatureMoments, view: View, shape: tuple[int, ...], 
                 f"feature moments of shape {moments.mean.shape} are not stacked over layers as the weight of shape "
                 f"{shape} is"
             )
+        if len(moments.axes) == moments.mean.ndim:  # they name the axis of the stack as well
+            own_axes = tuple(axis if axis < 0 else axis - 1 for axis in moments.axes[1:])
+            moments = dataclasses.replace(moments, axes=own_axes)
         return jax.vmap(lambda own: matrix_moments(own, view, shape[1:], layer_axes - 1))(moments)
     entries = jax.tree.map(lambda x: _against_weight(x, moments.axes, shape), moments)
     pooled = merge_over(jax.tree.map(view.split_broadcast, entries), axis=(-2, -1))

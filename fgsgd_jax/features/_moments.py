@@ -19,7 +19,8 @@ class FeatureMoments:
 
     The arrays have one shape: that of the weight's axes `axes`, in this order. For the kernels of convolutions and
     Dense layers that is the input channels [C], for a grouped convolution those of all groups; for an attention's
-    output projection [heads, head_dim].
+    output projection [heads, head_dim]. Of a stack of layers they begin with the axes of the stack, which `axes` may
+    leave out: moments [layers, C] with `axes` (-2,) and with (0, -2) mean the same.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,7 +88,7 @@ def merge_over(moments: FeatureMoments, axis: int | tuple[int, ...], keepdims: b
 
 
 def psum_moments(moments: Any, axis_name: Any) -> Any:
-    """Moments over all devices of a mapped axis, in `shard_map` or `pmap`, of a tree with `FeatureMoments` in it.
+    """Adds up the `FeatureMoments` of a tree over all devices of a mapped axis, in `shard_map` or `pmap`.
 
     Under `jit` with sharded arrays nothing is needed: there the features are those of the global batch.
 

@@ -14,7 +14,7 @@ from ._buckets import (
 )
 from ._collection import Collection as Collection
 from ._paths import by_path as by_path, from_paths as from_paths, unboxed as unboxed
-from ._plan import Plan as Plan, plan as plan
+from ._plan import Plan as Plan, array_leaves as array_leaves, plan as plan
 from ._schemes import (
     PI as PI,
     PIO as PIO,

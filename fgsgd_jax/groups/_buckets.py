@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from ..manifolds import Manifold, compute_dtype
@@ -44,6 +45,19 @@ class Bucket:
     def layer_names(self, path: str) -> list[str]:
         """The names by which the layers of a parameter are drawn: its path, and the place in a stack."""
         return ["/".join((path, *map(str, index))) for index in np.ndindex(*self.layers)]
+
+    def grid_spec(self, spec: PartitionSpec) -> PartitionSpec | None:
+        """How values [*layers, inputs, outputs] lie on a mesh if tensors lie as `spec` says.
+
+        None if a matrix is on several devices, or several axes of a tensor make up one of the grid.
+        """
+        axes, (inputs, outputs, *_) = self.view.axes
+        parts = (*spec, *(None,) * (len(self.shape) - len(spec)))
+        depth = len(self.layers)
+        shared = {tuple(axis): part for axis, part in zip(axes, parts[depth:], strict=True) if part is not None}
+        if any(list(axis) not in (inputs, outputs) for axis in shared):
+            return None
+        return PartitionSpec(*parts[:depth], shared.get(tuple(inputs)), shared.get(tuple(outputs)))
 
     def flat(self, stacked: Shaped[Array, "paths *layers inputs outputs"]) -> Shaped[Array, "all inputs outputs"]:
         """Values of the matrices of all layers of all parameters."""

@@ -15,10 +15,10 @@ from ._views import View
 class Collection:
     """The partition of one parameter's grid of matrices into products of manifolds.
 
-    `member` and `group` are integer arrays over the grid (inputs × outputs): the index in `manifolds` and the number
-    of the group of each matrix. `gamma` is γ of eq. 2: a number, or an array over the grid where it varies. Of a stack
-    of layers (`layers`, the lengths of the leading axes that stack them), `view` is that of one layer, the arrays are
-    [*layers, inputs, outputs], and the numbers of the groups run on from layer to layer.
+    `member` and `group` are integer arrays over the grid (inputs × outputs): the index in `manifolds` and the number of
+    the group of each matrix. `gamma` is γ of eq. 2: a number, or an array over the grid where it varies. For a stack of
+    layers, `layers` holds the lengths of the stacking axes, `view` is the view of one layer, the arrays have the shape
+    [*layers, inputs, outputs], and group numbers continue from layer to layer.
 
     Example:
       >>> import jax.numpy as jnp

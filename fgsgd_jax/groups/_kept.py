@@ -1,4 +1,4 @@
-"""Values that are found again by key, as long as there are not too many of them."""
+"""A cache of bounded size."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -9,7 +9,7 @@ _MISSING = object()
 
 
 class Kept(Generic[Value]):
-    """At most `most` values by key: the oldest goes first."""
+    """Keeps at most `most` values by key, and drops the oldest first."""
 
     def __init__(self, most: int):
         self._most = most

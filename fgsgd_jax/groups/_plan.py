@@ -107,7 +107,7 @@ class Plan:
         `update` (arrays). Optax also takes the method itself, `mask=plan.mask`.
 
         Args:
-          params: the parameters, or a part of them; needed of a plan that was read from JSON, which knows no tree.
+          params: the parameters, or a part of them; needed if the plan was read from JSON, which holds no tree.
         """
         return self._labelled(lambda path: not self._constrained(path), params)
 
@@ -225,22 +225,21 @@ def plan(
     return Plan(entries, seed, trace.order(constrained) if trace else (), names)
 
 
-def array_leaves(params: Any) -> dict[str, Any]:
-    """The leaves by path, if they are arrays or say the shape and dtype of one."""
-    leaves = by_path(params)
+def array_leaves(tree: Any, role: str = "parameters") -> dict[str, Any]:
+    """The leaves by path, if they are arrays or say the shape and dtype of one. `role`: what the tree holds."""
+    leaves = by_path(tree)
     for path, leaf in leaves.items():
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             remedy = (
                 "jnp.asarray of it"
                 if isinstance(leaf, (bool, int, float, complex))
                 else (
-                    "the parameters alone: nnx.state(model, nnx.Param) of an NNX model, eqx.filter(model, "
+                    "the tree of the parameters alone: nnx.state(model, nnx.Param) of an NNX model, eqx.filter(model, "
                     'eqx.is_inexact_array) of an equinox model, variables["params"] of a linen one'
                 )
             )
             raise TypeError(
-                f"{path}: a parameter is an array, this is {reprlib.repr(leaf)} (a {type(leaf).__name__}); give "
-                f"{remedy}"
+                f"{path}: the {role} are arrays, this is {reprlib.repr(leaf)} (a {type(leaf).__name__}); give {remedy}"
             )
     return leaves
 

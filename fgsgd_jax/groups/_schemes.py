@@ -22,8 +22,8 @@ class Scheme(abc.ABC):
     tensors need one.
 
     `layers=k` says that the first k axes stack layers, as `nnx.scan`, `nn.scan` and `vmap` make them. The view is that
-    of one layer, and every layer is dealt for itself, as it would be in a list of the layers at the path of the stack:
-    layer 2 of `"blocks/kernel"` as `"blocks/kernel/2"`.
+    of one layer. Every layer is dealt on its own: layer 2 of `"blocks/kernel"` as if it stood at the path
+    `"blocks/kernel/2"`.
 
     Args:
       manifolds: those that are dealt, one or more.
@@ -32,8 +32,8 @@ class Scheme(abc.ABC):
       **sizes: of axes that the pattern leaves open.
 
     Raises:
-      ValueError: no manifold, or `layers` that are not a number of axes.
-      TypeError: something that is not a manifold of one matrix.
+      ValueError: without a manifold, or if `layers` is not a number of axes.
+      TypeError: for something that is not a manifold of single matrices.
 
     Example:
       A scheme of your own is a subclass with one method.
@@ -137,7 +137,7 @@ class Whole(_Single):
 
 
 class Each(_Single):
-    """One manifold, every matrix a group of its own: the optimizers on single manifolds.
+    """One manifold, every matrix a group of its own: as in optimizers on a single manifold.
 
     Args:
       manifold: of every matrix of the layer.
@@ -274,12 +274,12 @@ class PIO(Scheme):
 class Custom(Scheme):
     """Member and group arrays of your own, both inputs × outputs.
 
-    `member[c, d]` is the index of the manifold of matrix (c, d), `group[c, d]` the number of its group; the
-    members of a group share one manifold. For a stack, arrays of one layer hold for every layer; arrays
-    [*layers, inputs, outputs] have a grid for each, whose groups are counted for themselves.
+    `member[c, d]` is the index of the manifold of matrix (c, d), `group[c, d]` the number of its group; the members of
+    a group share one manifold. For a stack, arrays of one layer hold for every layer; arrays [*layers, inputs, outputs]
+    hold one grid a layer, each with its own group numbers.
 
     Args:
-      manifolds: those that `member` counts from 0.
+      manifolds: those that `member` indexes, from 0.
       member: integers, inputs × outputs.
       group: integers, inputs × outputs; gaps in the numbers are closed.
       view: see `Scheme`.

@@ -9,8 +9,8 @@ class Trace:
     """The calls of a model's layers, in their order, found without computing anything.
 
     `calls` has a pair for every call of a layer with a kernel, its path and the number of its output positions
-    (H_out·W_out of a convolution), and (None, 0) for every call of a normalization layer, behind which the scale
-    of what came before is forgotten. Made by `fg.nnx.trace` and `fg.linen.trace`.
+    (H_out·W_out of a convolution), and (None, 0) for every call of a normalization layer, after which earlier scales no
+    longer matter. Made by `fg.nnx.trace` and `fg.linen.trace`.
 
     Example:
       >>> import fgsgd_jax as fg

@@ -5,10 +5,13 @@ import difflib
 import functools
 import math
 import re
+from typing import TypeVar
 
 import einops
 import numpy as np
 from jaxtyping import Array, Float
+
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 # The patterns of the named views by number of axes. "heads" is decided by the lengths of the axes, too.
 _NAMED = {
@@ -85,7 +88,7 @@ class View:
           **sizes: of the axes that the shape leaves open.
 
         Raises:
-          ValueError: a pattern that is none, does not fit the shape, or has a name that the shape leaves open.
+          ValueError: for an invalid pattern, one that does not fit the shape, or a name that the shape leaves open.
         """
         if pattern in _NAMED:
             pattern = _pattern_of(pattern, shape)
@@ -135,14 +138,18 @@ class View:
         return inputs, outputs, rows, cols
 
     @property
+    def axes(self) -> tuple[list[list[str]], list[list[str]]]:
+        """The names that make up each axis of a tensor, and each of inputs, outputs, rows and columns."""
+        left, right = self.pattern.split("->")
+        return _axes(left, self.pattern), _axes(right, self.pattern)
+
+    @property
     def mixes_channels(self) -> bool:
-        """Whether a point takes in all inputs or all outputs: one matrix per layer, head or neuron."""
+        """Whether one matrix covers all inputs or all outputs: one per layer, head or neuron."""
         inputs, outputs, *_ = _axes(self.pattern.split("->")[1], self.pattern)
         return not inputs or not outputs
 
-    def split(
-        self, x: Float[Array | np.ndarray, "..."]
-    ) -> Float[Array | np.ndarray, "*batch inputs outputs rows cols"]:
+    def split(self, x: Float[AnyArray, "..."]) -> Float[AnyArray, "*batch inputs outputs rows cols"]:
         """The grid of matrices of a tensor."""
         left, right = self.pattern.split("->")
         return einops.rearrange(x, f"... {left} -> ... {right}", **dict(self.sizes))

@@ -41,8 +41,8 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan | Rules) -> Any:
       Parameters of the same structure, all in buffers of their own.
 
     Raises:
-      ValueError: parameters that are not those of the plan.
-      TypeError: a parameter without numbers, such as a `jax.ShapeDtypeStruct`.
+      ValueError: for parameters that are not those of the plan.
+      TypeError: for a parameter without values, such as a `jax.ShapeDtypeStruct`.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1, line 2 and eq. 2.
@@ -83,9 +83,9 @@ def nearest(params: Any, plan: Plan | Rules, radii: Radii | Literal["fitted"] | 
       Parameters of the same structure, in buffers of their own; Euclidean and unconstrained ones have the same values.
 
     Raises:
-      ValueError: parameters that are not those of the plan, radii without an entry, or, outside jit, a matrix of zeros
-        where its own scale is asked for (in jit it stays zero, and `fg.metrics` counts it in the optimizer's state).
-      TypeError: a parameter without numbers, such as a `jax.ShapeDtypeStruct`.
+      ValueError: for parameters that are not those of the plan, and radii without an entry. Outside jit also for a
+        matrix of zeros with `"fitted"` radii; inside it stays zero, and `fg.metrics` counts it.
+      TypeError: for a parameter without values, such as a `jax.ShapeDtypeStruct`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -125,7 +125,7 @@ def violation(
       the defining equation's residual at radius 1 (no unit).
 
     Raises:
-      ValueError: parameters that are not those of the plan, or radii without an entry.
+      ValueError: for parameters that are not those of the plan, or radii without an entry.
 
     Example:
       >>> import jax.numpy as jnp
@@ -209,7 +209,7 @@ class _Part(NamedTuple):
         return {path: numbered[number] for number, path in zip(self.bucket.paths, self.paths, strict=True)}
 
 
-# So many parameters are handled by one program: the time to compile it grows with them.
+# Parameters per program: the time to compile it grows with them.
 _PARAMETERS = 32
 
 

@@ -1,5 +1,19 @@
 """Floor 3, kernels: one step of many matrices, fast. All that exists to please a compiler or a cache lives here."""
 
 from ._api import step as step, tangent as tangent
+from ._by_platform import Program as Program, by_platform as by_platform
+from ._descend import (
+    FORMS as FORMS,
+    Place as Place,
+    by_parameter as by_parameter,
+    descend as descend,
+    descends as descends,
+    matrices as matrices,
+    measure as measure,
+    move as move,
+    planes as planes,
+    unserved as unserved,
+)
 from ._many import are_many as are_many, pack as pack, unpack as unpack
+from ._pallas_layer import LayerType as LayerType, Planes as Planes
 from ._values import stack as stack, unstack as unstack

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ..manifolds import Manifold, Mixture
-from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _share_out, _xla
+from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _share_out, _tpu_matrices, _xla
+from ._by_platform import is_shared
 from ._layers import Layer, Results, unpacked
 
 # In the order of preference. What none of them serves, and every other backend, gets the reference.
@@ -87,7 +88,7 @@ def step(
 def form_for(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> ModuleType:
     """The form that serves `count` n×p matrices on these manifolds on CPU."""
     # Joined, layers lose the axes along which they are shared out over devices.
-    if jax.device_count() > 1:
+    if is_shared():
         return _xla
     return next((form for form in _ON_CPU if form.serves(manifolds, n, p, count)), _xla)
 
@@ -115,7 +116,8 @@ def _by_group(
     for (manifolds, (n, p), dtype), own in places.items():
         alike, own_factor = [layers[place] for place in own], jnp.asarray(factor, dtype)
         if share_out is not None and _share_out.serves(n, p, _count(alike)):
-            results = _share_out.step(share_out, manifolds, alike, own_factor, operation(manifolds).is_tangent)
+            own_step = functools.partial(_by_platform, operation(manifolds))
+            results = _share_out.step(share_out, alike, own_factor, own_step)
         else:
             results = _by_platform(operation(manifolds), alike, own_factor)
         found |= dict(zip(own, zip(*results, strict=True), strict=True))
@@ -179,11 +181,18 @@ def _lowering(form_of: Callable[[Operation, Sequence[Layer]], ModuleType]) -> An
 
 
 def _on_cpu(operation: Operation, layers: Sequence[Layer]) -> ModuleType:
-    return form_for(operation.manifolds, *layers[0].x.shape[-2:], _count(layers))
+    n, p = layers[0].x.shape[-2:]
+    return form_for(operation.manifolds, n, p, _count(layers))
+
+
+def _on_tpu(operation: Operation, layers: Sequence[Layer]) -> ModuleType:
+    n, p = layers[0].x.shape[-2:]
+    return _tpu_matrices if _tpu_matrices.serves(operation.manifolds, n, p, _count(layers)) else _xla
 
 
 mlir.register_lowering(_operation_p, _lowering(lambda operation, layers: _xla))
 mlir.register_lowering(_operation_p, _lowering(_on_cpu), "cpu")
+mlir.register_lowering(_operation_p, _lowering(_on_tpu), "tpu")
 
 
 def _batched(leaves: Sequence[Array], axes: Sequence[Any], operation: Operation, tree: Any) -> Any:

@@ -29,11 +29,15 @@ _FAR = 0.1
 _MOST = 64
 
 
-def serves(manifold: Manifold, rows: int, cols: int) -> bool:
-    """Whether there is a map here for matrices of this shape on a manifold of exactly this type."""
+def unserved(manifold: Manifold, n: int, p: int) -> str | None:
+    """Why there is no map here for n×p matrices on this manifold; None if there is. Types are those below exactly."""
+    if type(manifold) not in (Euclidean, Sphere, Oblique, Stiefel):
+        return f"there are no kernels for {type(manifold).__name__}"
     if type(manifold) is Stiefel and manifold.retraction != "polar":
-        return False
-    return rows * cols <= _MOST and type(manifold) in (Euclidean, Sphere, Oblique, Stiefel)
+        return f"the kernels retract by polar factors, not by {manifold.retraction!r}"
+    if n * p > _MOST:
+        return f"the kernels take matrices of up to {_MOST} entries, these are {n}×{p}"
+    return None
 
 
 def project(manifold: Manifold, x: Entries, g: Entries) -> Entries:

@@ -1,14 +1,13 @@
-"""What a Pallas kernel is told of a layer, and what it answers."""
+"""What the Pallas kernels are told of a parameter, and what they answer."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ..manifolds import Euclidean, Manifold
-from ._pallas_entries import Entries, Points, reciprocal_zeta, serves
+from ._pallas_entries import Entries, Points, unserved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +53,12 @@ class LayerType:
     def _tables(self, axis: str) -> int:
         return self.members if axis in self.grouping.split(" or ") else 0
 
-    def serves(self, shape: tuple[int, ...], *dtypes: jnp.dtype) -> bool:
-        """Whether there is arithmetic for layers [n, p, C, D] of this shape; there is none in float64."""
-        n, p, *_ = shape
-        narrow = all(jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16) for dtype in dtypes)
-        return narrow and self.grouping != "custom" and all(serves(manifold, n, p) for manifold in self.manifolds)
+    def unserved(self, n: int, p: int, *dtypes: jnp.dtype) -> str | None:
+        """Why there is no arithmetic for n×p matrices of these dtypes; None if there is. There is none in float64."""
+        for dtype in dtypes:
+            if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+                return f"the kernels take float32 and bfloat16, not {jnp.dtype(dtype).name}"
+        return next((why for manifold in self.manifolds if (why := unserved(manifold, n, p))), None)
 
     def direction(
         self, points: Points, t: Entries, scale: Array, m: Entries | None, rate: Array, momentum: Array, decay: Array
@@ -77,54 +77,38 @@ class LayerType:
         w = points.project(followed(m) if self.nesterov else m)
         return [[rate * each for each in row] for row in w], m
 
-    def weigh(
-        self, squares: Float[Array, "C D"], code: Array | None, scalars: Array
-    ) -> tuple[Float[Array, "C D"], Float[Array, "groups"]]:
-        """Line 6: 1/ζ of each matrix's group, 0 where the layer is refused; and R² of the groups (0 of absent ones).
 
-        By masks, so that nothing is scattered and shardings stay.
-        """
-        axes = {1: (self.row_codes, self.row_tables), 0: (self.column_codes, self.column_tables)}
-        codes = [(first + table, axis) for axis, (first, count) in axes.items() for table in range(count)]
-        if self.has_groups:
-            tables = [jnp.sum(jnp.where(code == index, squares, 0.0), axis, keepdims=True) for index, axis in codes]
-        else:
-            tables = [squares if self.grouping == "matrix" else jnp.sum(squares, keepdims=True)]
-        groups = jnp.concatenate([table.reshape(-1) for table in tables])
-        scale = reciprocal_zeta(tables[0], *scalars[2:4])[0]
-        for (index, _), table in zip(codes[1:], tables[1:], strict=True):
-            scale = jnp.where(code == index, reciprocal_zeta(table, *scalars[2:4])[0], scale)
-        usable = jnp.isfinite(jnp.sum(groups))
-        return jnp.broadcast_to(jnp.where(usable, scale, 0.0), squares.shape), groups
+class Planes(NamedTuple):
+    """The arrays of one parameter: tensors entry by entry, and a value for each matrix.
+
+    Points, gradients, momentum (None: there is none), kinds as in `Mixture` (None: there is one manifold), radii, those
+    of the points to reach (None: the same), and the codes of the matrices' groups as in `groups._buckets.groups_of`
+    (None: their places are enough).
+    """
+
+    x: Float[Array, "*layers n p C D"]
+    g: Float[Array, "*layers n p C D"]
+    m: Float[Array, "*layers n p C D"] | None
+    kind: Int[Array, "*layers C D"] | None
+    radius: Float[Array, "*layers C D"]
+    new_radius: Float[Array, "*layers C D"] | None = None
+    code: Int[Array, "*layers C D"] | None = None
 
 
-class Descent(NamedTuple):
-    """A layer's displacement and momentum, and what `figures` makes the layer's figures of.
+class Moved(NamedTuple):
+    """Displacements and momentum, and the largest ‖v‖/s of parts of the parameter."""
 
-    `measured` is these figures where the kernel has them, otherwise R² of the groups; `ratios` then has the largest
-    ‖v‖/s of parts of the layer.
+    displacement: Float[Array, "*layers n p C D"]
+    momentum: Float[Array, "*layers n p C D"] | None
+    ratios: Float[Array, "_"]
+
+
+class Descended(NamedTuple):
+    """Displacements and momentum, and the parameter's figures.
+
+    These are the number of groups with ζ > 1, the largest R, whether the gradient is refused, and the largest ‖v‖/s.
     """
 
     displacement: Float[Array, "n p C D"]
     momentum: Float[Array, "n p C D"] | None
-    measured: Float[Array, "_"] | None
-    ratios: Float[Array, "_"] | None = None
-
-
-def figures(scalars: Array, descents: Sequence[Descent]) -> Float[Array, "layers 4"]:
-    """Of layers of one shape: the numbers of groups with ζ > 1, the largest R, whether refused, and the largest ‖v‖/s.
-
-    Together, since every kernel for a figure of one layer would be one more to launch.
-    """
-
-    def stacked(parts: Sequence[Array | None]) -> Array:
-        return jnp.concatenate([part for part in parts if part is not None]).reshape(len(descents), -1)
-
-    measured = stacked([each.measured for each in descents])
-    if descents[0].ratios is None:
-        return measured
-    ratios = stacked([each.ratios for each in descents])
-    usable = jnp.isfinite(jnp.sum(measured, axis=1))
-    own, r = reciprocal_zeta(jnp.where(usable[:, None], measured, 0.0), *scalars[2:4])
-    above = jnp.sum(own < 1, axis=1, dtype=jnp.float32)
-    return jnp.stack([above, jnp.max(r, axis=1), (~usable).astype(jnp.float32), jnp.max(ratios, axis=1)], axis=1)
+    figures: Float[Array, "4"]

@@ -1,4 +1,4 @@
-"""Lines 5 to 7 of one layer of small matrices in two kernels, for GPU through Triton.
+"""Lines 5 to 7 of one parameter of small matrices in two kernels, for GPU through Triton.
 
 A layer [n, p, C, D] is n·p planes, as an HWIO kernel is in memory; a thread takes one matrix at a time. The first
 kernel writes the squared norms of the tangent parts, XLA adds them up over groups, and the second kernel computes those
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ..manifolds import Stiefel
 from ._pallas_entries import Entries, Points, squared_norm
-from ._pallas_layer import Descent, LayerType
+from ._pallas_layer import LayerType, Moved, Planes
 
 # Matrices of a block, one a thread; blocks that run at the same time, four for each of an H100's processors.
 _MATRICES, _WARPS, _PROGRAMS = 128, 4, 528
@@ -27,76 +27,62 @@ _MATRICES, _WARPS, _PROGRAMS = 128, 4, 528
 _MOST, _MOST_POLAR = 32, 12
 
 
-def serves(layer: LayerType, shape: tuple[int, ...], *dtypes: jnp.dtype) -> bool:
-    """Whether the kernels take layers [n, p, C, D] of this shape, points and gradients being of these dtypes.
+def unserved(layer: LayerType, n: int, p: int, *dtypes: jnp.dtype) -> str | None:
+    """Why the kernels do not take n×p matrices of these dtypes; None if they do.
 
     With more entries Triton takes long to compile: 8 s for St(4, 3), minutes for St(9, 3).
     """
-    n, p, *_ = shape
     polar = any(isinstance(manifold, Stiefel) for manifold in layer.manifolds)
-    return layer.serves(shape, *dtypes) and n * p <= (_MOST_POLAR if polar else _MOST)
+    most = _MOST_POLAR if polar else _MOST
+    if n * p > most:
+        return f"on GPU the kernels take matrices of up to {most} entries, these are {n}×{p}"
+    return layer.unserved(n, p, *dtypes)
 
 
-def descend(
-    layer: LayerType,
-    scalars: Array,
-    x: Array,
-    g: Array,
-    m: Array | None,
-    kind: Array | None,
-    radius: Array,
-    new_radius: Array | None,
-    code: Array | None,
-    interpret: bool = False,
-) -> Descent:
-    """One step of one layer; see `LayerType` and `Descent`."""
-    squares = measure(layer, x, g, kind, radius, interpret)
-    scale, groups = layer.weigh(squares, code, scalars)
-    return move(layer, scalars, x, g, m, kind, radius, new_radius, scale, interpret)._replace(measured=groups)
+def descends(layer: LayerType, shape: tuple[int, ...]) -> bool:
+    """Whether all lines are one kernel: they never are."""
+    del layer, shape
+    return False
 
 
-def measure(
-    layer: LayerType, x: Array, g: Array, kind: Array | None, radius: Array, interpret: bool = False
-) -> Float[Array, "C D"]:
+def measure(layer: LayerType, planes: Planes, interpret: bool = False) -> Float[Array, "*layers C D"]:
     """Line 5, of which the squared norms of the tangent parts are kept."""
-    arrays = {"x": x, "g": g, "kind": kind, "radius": radius}
-    results = {"squares": jax.ShapeDtypeStruct((radius.size,), jnp.float32)}
-    return _call(_measure, "fgsgd_measure", layer, x.shape, arrays, results, interpret)["squares"].reshape(radius.shape)
+    arrays = planes._replace(m=None, new_radius=None, code=None)._asdict()
+    results = {"squares": jax.ShapeDtypeStruct((planes.radius.size,), jnp.float32)}
+    found = _call(_measure, "fgsgd_measure", layer, arrays, results, interpret)
+    return found["squares"].reshape(planes.radius.shape)
 
 
 def move(
     layer: LayerType,
-    scalars: Array,
-    x: Array,
-    g: Array,
-    m: Array | None,
-    kind: Array | None,
-    radius: Array,
-    new_radius: Array | None,
-    scale: Float[Array, "C D"],
+    scalars: Float[Array, "5"],
+    planes: Planes,
+    scale: Float[Array, "*layers C D"],
     interpret: bool = False,
-) -> Descent:
-    """Momentum, line 7 and eq. 2, with 1/ζ of the group of every matrix: 0 in a layer that is refused."""
-    arrays = {"x": x, "g": g, "m": m, "kind": kind, "radius": radius, "new_radius": new_radius}
-    arrays |= {"scale": scale, "scalars": scalars}
-    results = {"u": jax.ShapeDtypeStruct((x.size,), jnp.promote_types(x.dtype, g.dtype))}
-    if m is not None:
-        results["m_out"] = jax.ShapeDtypeStruct((x.size,), jnp.float32)
+) -> Moved:
+    """Momentum, line 7 and eq. 2, with 1/ζ of the group of every matrix, which is 0 or NaN where it is refused.
+
+    The scalars are minus the learning rate, μ, ρ, c and the weight decay.
+    """
+    shape = planes.x.shape
+    arrays = planes._replace(code=None)._asdict() | {"scale": scale, "scalars": scalars}
+    names = ("u",) if planes.m is None else ("u", "m_out")
+    results = {name: jax.ShapeDtypeStruct((math.prod(shape),), jnp.float32) for name in names}
     results["ratio"] = jax.ShapeDtypeStruct((1 if interpret else _PROGRAMS,), jnp.float32)
-    found = _call(_move, "fgsgd_move", layer, x.shape, arrays, results, interpret)
-    u, m_out = (found[name].reshape(x.shape) if name in found else None for name in ("u", "m_out"))
+    found = _call(_move, "fgsgd_move", layer, arrays, results, interpret)
+    u, m = (found[name].reshape(shape) if name in found else None for name in ("u", "m_out"))
     assert u is not None
-    return Descent(u, m_out, None, found["ratio"])
+    return Moved(u, m, found["ratio"])
 
 
 def _call(
-    body: Callable, name: str, layer: LayerType, shape: tuple[int, ...], arrays: dict, results: dict, interpret: bool
+    body: Callable, name: str, layer: LayerType, arrays: dict[str, Any], results: dict[str, Any], interpret: bool
 ) -> dict[str, Array]:
     """The results of a kernel, whose body gets all references by name."""
-    n, p, channels, width = shape
+    *batch, n, p, channels, width = arrays["x"].shape
     flat = {name: each.reshape(-1) for name, each in arrays.items() if each is not None}
-    # As data: a number in the program would make it another one.
-    flat["count"] = jnp.full((1,), channels * width, jnp.int32)
+    # As data: numbers in the program would make it another one.
+    flat["counts"] = jnp.array([channels * width, math.prod(batch)], jnp.int32)
 
     def kernel(*refs):
         # Interpretation moves a slice that goes past the end, whatever the mask says.
@@ -121,48 +107,60 @@ def _call(
 class _Block:
     """The references, and of all matrices those that the threads of a program look at."""
 
+    layer: Array
     start: Array
     inside: Array
 
     def __init__(self, n: int, p: int, size: int, refs: dict[str, Any]):
         self.n, self.p, self.size, self.refs = n, p, size, refs
-        self.count = refs["count"][0]
+        self.count, self.layers = refs["counts"][0], refs["counts"][1]
 
     def each(self, body: Callable[[Array], Array], start: Array) -> Array:
         """Carries a value through `body` for every block of the program."""
         program, programs = pl.program_id(0), pl.num_programs(0)
-        blocks = _quotient(self.count, self.size)
+        of_layer = _quotient(self.count, self.size)
 
         def turn(turn, carry):
-            self.start = (program + turn * programs) * self.size
+            block = program + turn * programs
+            self.layer = lax.div(block, of_layer)
+            self.start = (block - self.layer * of_layer) * self.size
             # A GPU reads past the end if it is not told to stop.
             self.inside = self.start + jnp.arange(self.size, dtype=jnp.int32) < self.count
             return body(carry)
 
-        return lax.fori_loop(jnp.int32(0), _quotient(blocks - program, programs), turn, start)
+        return lax.fori_loop(jnp.int32(0), _quotient(of_layer * self.layers - program, programs), turn, start)
 
-    def load(self, name: str, plane: int = 0) -> Array:
-        value = plgpu.load(self.own(name, plane), mask=self.inside, other=0)
-        return value.astype(jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else jnp.float32)
+    def load(self, name: str) -> Array:
+        return self._load(name, self.layer)
 
-    def store(self, name: str, value: Array, plane: int = 0) -> None:
-        plgpu.store(self.own(name, plane), value.astype(self.refs[name].dtype), mask=self.inside)
-
-    def own(self, name: str, plane: int) -> Any:
-        # By a slice: an array of indices would bring the layer's size into the program, to count from the end.
-        return self.refs[name].at[pl.ds(self.start + plane * self.count, self.size)]
+    def store(self, name: str, value: Array) -> None:
+        self._store(name, self.layer, value)
 
     def planes(self, name: str) -> Entries:
-        return [[self.load(name, i * self.p + j) for j in range(self.p)] for i in range(self.n)]
+        return [[self._load(name, self._plane(i, j)) for j in range(self.p)] for i in range(self.n)]
 
     def store_planes(self, name: str, entries: Entries) -> None:
         for i, line in enumerate(entries):
             for j, entry in enumerate(line):
-                self.store(name, entry, i * self.p + j)
+                self._store(name, self._plane(i, j), entry)
 
     def points(self, layer: LayerType) -> Points:
         kind = self.load("kind") if "kind" in self.refs else None
         return Points(layer.manifolds, self.planes("x"), kind, self.load("radius"))
+
+    def _plane(self, i: int, j: int) -> Array:
+        return (self.layer * self.n + i) * self.p + j
+
+    def _load(self, name: str, plane: Array) -> Array:
+        value = plgpu.load(self._own(name, plane), mask=self.inside, other=0)
+        return value.astype(jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else jnp.float32)
+
+    def _store(self, name: str, plane: Array, value: Array) -> None:
+        plgpu.store(self._own(name, plane), value.astype(self.refs[name].dtype), mask=self.inside)
+
+    def _own(self, name: str, plane: Array) -> Any:
+        # By a slice: an array of indices would bring the layer's size into the program, to count from the end.
+        return self.refs[name].at[pl.ds(self.start + plane * self.count, self.size)]
 
 
 def _quotient(count: Array, size: Array | int) -> Array:
@@ -186,7 +184,9 @@ def _move(layer: LayerType, block: _Block) -> None:
         points, scale = block.points(layer), block.load("scale")
         m = block.planes("m") if "m" in block.refs else None
         # A refused gradient may be anything but a number.
-        t = [[jnp.where(scale > 0, each, 0.0) for each in line] for line in points.project(block.planes("g"))]
+        usable = scale > 0
+        t = [[jnp.where(usable, each, 0.0) for each in line] for line in points.project(block.planes("g"))]
+        scale = jnp.where(usable, scale, 0.0)
         v, m = layer.direction(points, t, scale, m, rate, momentum, decay)
         displacement, ratio = points.displace(v, block.load("new_radius") if "new_radius" in block.refs else None)
         block.store_planes("u", displacement)

@@ -1,15 +1,13 @@
 """Steps of large matrices shared out over devices that all hold the weights."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from ..manifolds import Manifold
-from . import _xla
 from ._layers import Layer, Results, joined, split
 
 # A product of so few multiplications costs less than bringing the parts together again.
@@ -23,12 +21,11 @@ def serves(n: int, p: int, count: int) -> bool:
 
 def step(
     mesh: Mesh,
-    manifolds: tuple[Manifold, ...],
     layers: Sequence[Layer],
     factor: Float[Array, ""],
-    is_tangent: bool,
+    own_step: Callable[[list[Layer], Array], Results],
 ) -> Results:
-    """See `_reference.step`; each device of the mesh with its part of the matrices."""
+    """See `_reference.step`; each device of the mesh takes `own_step` with its part of the matrices."""
     layer = joined(layers)
     layer, count, part = layer._replace(w=factor * layer.w), len(layer.x), PartitionSpec(mesh.axis_names)
 
@@ -38,7 +35,7 @@ def step(
     # Each device chooses the turns of its iteration by the matrices that it has.
     @functools.partial(jax.shard_map, mesh=own, in_specs=part, out_specs=part, check_vma=False)
     def step_part(layer: Layer) -> tuple[Array, Array]:
-        (displacement,), (ratio,) = _xla.step(manifolds, [layer], jnp.ones((), layer.x.dtype), is_tangent)
+        (displacement,), (ratio,) = own_step([layer], jnp.ones((), layer.x.dtype))
         return displacement, ratio
 
     def filled_up(values: Array) -> Array:

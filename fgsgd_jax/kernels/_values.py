@@ -3,17 +3,17 @@
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
+from ._by_platform import is_shared
 from ._cpu_chunks import offsets
 
 
 def stack(parts: Sequence[Shaped[Array, "*grid"]]) -> Shaped[Array, "parts *grid"]:
     """The values of all parts as one array."""
-    if jax.device_count() > 1:
+    if is_shared():
         # Axes that may be shared out over devices stay as they are.
         return jnp.stack(parts)
     # Of parts of one array that lie side by side XLA makes one slice, if they are flat.
@@ -23,7 +23,7 @@ def stack(parts: Sequence[Shaped[Array, "*grid"]]) -> Shaped[Array, "parts *grid
 def unstack(stacked: Shaped[Array, "parts *grid"], restacked: bool = False) -> list[Shaped[Array, "*grid"]]:
     """Undoes `stack`; `restacked` says that the parts are only stacked or joined again."""
     count, grid = len(stacked), stacked.shape[1:]
-    if jax.device_count() > 1 or count == 1:
+    if is_shared() or count == 1:
         return list(stacked)
     flat, size = stacked.ravel(), math.prod(grid)
 

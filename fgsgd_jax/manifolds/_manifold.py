@@ -42,12 +42,11 @@ def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
 class Manifold(abc.ABC):
     """A Riemannian submanifold of the n×p matrices with the Frobenius metric, scaled by `radius`.
 
-    Points and vectors are arrays `[..., n, p]` of one dtype; every method works on all leading axes at once and
-    answers in that dtype, computing in float32 at least. `radius` is a number or an array that broadcasts over
-    the leading axes.
+    Points and vectors are arrays `[..., n, p]` of one dtype. Every method works on all leading axes at once, computes
+    in at least float32 and returns that dtype. `radius` is a number or an array that broadcasts over the leading axes.
 
     A manifold of your own is a subclass: a frozen dataclass, whose fields beside `radius` are static and hashable. It
-    is a pytree by being a subclass, with `radius` for its leaf. It describes the geometry at radius 1, in the methods
+    is a pytree by being a subclass, with `radius` as its leaf. It describes the geometry at radius 1, in the methods
     that start with an underscore; this class does the scaling and the dtypes.
 
     | method | at radius 1, for arrays `[..., n, p]` |
@@ -65,7 +64,7 @@ class Manifold(abc.ABC):
     | `_steepest(x, g, method, tangent, coarse)` | if the norm of directions is not Frobenius' |
 
     Args:
-      radius: s, in the units of the points. Left out it is 1, and in the rules of a plan γ of eq. 2.
+      radius: s, in the units of the points. Left out, it is 1; in the rules of a plan it is γ of eq. 2.
 
     References:
       Absil, Mahony & Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008.
@@ -171,11 +170,10 @@ class Manifold(abc.ABC):
     def retract(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """A point in the direction of the tangent vector `v` from `x`: `exp` to first order.
 
-        It is on the manifold to round-off for a tangent vector of any length. A `v` that is not tangent leads to the
-        point nearest to x + v on spheres, oblique matrices and by the polar retraction; "qr" factorizes x + v, "cayley"
-        and "exp" project v. Where no point can be computed (`v` not
-        finite, or `x + v` singular, which no tangent vector leads to) the answer is `x`, to round-off; or some point of
-        the manifold if `x` is none.
+        It is on the manifold to round-off for a tangent vector of any length. `v` need not be tangent: spheres, oblique
+        matrices and the polar retraction go to the point nearest to x + v, "qr" factorizes x + v, and "cayley" and
+        "exp" project v first. If no point can be computed (`v` is not finite, or `x + v` is singular, which no tangent
+        vector leads to), the result is `x`, to round-off, or some point of the manifold if `x` is not on it.
 
         Args:
           x: points.
@@ -216,7 +214,7 @@ class Manifold(abc.ABC):
     def log(self, x: Float[Array, "*b n p"], y: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Logarithm: a shortest tangent vector at `x` with `exp(x, log(x, y)) = y`; NaN where none was found.
 
-        Where several are shortest (antipodal points), one of them, the same each time. NaN across components.
+        If several are shortest (antipodal points), it is one of them, the same each time. Across components it is NaN.
 
         Args:
           x: points.
@@ -303,7 +301,7 @@ class Manifold(abc.ABC):
         return norm(_up(v), axis=(-2, -1)).astype(v.dtype)
 
     def nearest(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
-        """The point of the manifold nearest to the matrix `x`; where several are, one of them, the same each time.
+        """The point of the manifold nearest to the matrix `x`; if there are several, one of them, the same each time.
 
         Example:
           >>> import jax.numpy as jnp
@@ -335,19 +333,21 @@ class Manifold(abc.ABC):
     ) -> Float[Array, "*b n p"]:
         """The direction in which `<g, ·>` rises most steeply: of norm `radius`, in the manifold's own norm.
 
-        The norm is Frobenius' on spheres (and manifolds of your own), the largest of a column on oblique matrices, the
-        spectral norm on Stiefel and of Euclidean matrices (where the radius is 1). So the direction is the projection
-        of `g`, divided by its length, by columns, or with its singular values replaced by 1; and 0 where that is 0.
+        The norm is Frobenius' on spheres (and manifolds of your own), the largest column norm on oblique matrices, and
+        the spectral norm on Stiefel and Euclidean matrices (whose radius counts as 1). So the direction is the
+        projection of `g` divided by its length; on oblique matrices, column by column; on Stiefel and Euclidean
+        matrices, with its singular values replaced by 1. Where the projection is 0, so is the direction.
 
-        On Stiefel the latter, `"polar"`, is the steepest of all matrices, and not tangent (n ≠ p). `"dual"` is the
-        steepest of the tangent ones, to 1e-4 of `<g, ·>`: tens to hundreds of times the products, and no derivative.
+        On Stiefel this is `"polar"`, the steepest of all matrices, which is not tangent unless n = p. `"dual"` is the
+        steepest tangent vector, to 1e-4 of `<g, ·>`. It takes tens to hundreds of times the products and has no
+        derivative.
 
         Args:
           x: points.
           g: any matrices, such as gradients.
-          method: `"polar"` or `"dual"`; the same but on Stiefel.
+          method: `"polar"` or `"dual"`; they differ on Stiefel alone.
           tangent: whether `g` is projected first. False: the direction of `g` itself, not for `"dual"`.
-          coarse: singular values to 15 %, by products in bfloat16, not for `"dual"`.
+          coarse: whether to compute in bfloat16, with singular values within 15 % of 1; not for `"dual"`.
 
         Example:
           >>> import jax.numpy as jnp

@@ -76,7 +76,9 @@ class Spherical(Manifold):
         # A tangent step gives at least 1. Next to nothing, overflow and NaN mean that there is no step to take.
         info = jnp.finfo(x.dtype)
         usable = (squares > info.tiny / info.eps) & jnp.isfinite(squares)
-        return jnp.where(usable, y / jnp.sqrt(jnp.where(usable, squares, 1)), self._nearest(x))
+        is_point = jnp.abs(jnp.sum(jnp.square(x), axis=self._axes, keepdims=True) - 1) < 0.1
+        fallback = jnp.where(is_point, x, self.origin(x.shape[-2:], x.dtype))
+        return jnp.where(usable, y / jnp.sqrt(jnp.where(usable, squares, 1)), fallback)
 
     def _exp(self, x, v):
         return spherical_exp(x, v, self._axes)

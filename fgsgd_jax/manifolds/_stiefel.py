@@ -41,7 +41,8 @@ class Stiefel(Manifold):
 
     Dimension np - p(p+1)/2 for n ≥ p. The metric is the embedded one (Edelman et al. 1998, section 2.2), in which the
     sectional curvature, times s², lies in [-½, 1] for 2 ≤ p ≤ n - 2, in [-½, ½] for p = n - 1 and in [0, ¼] for
-    p = n ≥ 4, and is ⅛ for p = n = 3: a product of Stiefel manifolds may have negative curvature, unlike Remark 2 says.
+    p = n ≥ 4, and is ⅛ for p = n = 3. So products of Stiefel manifolds can have negative curvature, contrary to
+    Remark 2.
 
     `retraction` chooses how a step returns to the manifold: `"polar"` (default: the nearest point to x + v, two n·p²
     products for small steps), `"qr"` (sign-fixed), `"cayley"` (the Cayley transform, made orthonormal to round-off)
@@ -52,7 +53,7 @@ class Stiefel(Manifold):
       retraction: how a step returns to the manifold.
 
     Raises:
-      ValueError: another retraction.
+      ValueError: for an unknown retraction.
 
     References:
       Edelman, Arias & Smith, The Geometry of Algorithms with Orthogonality Constraints, 1998 (embedded metric).

@@ -39,6 +39,40 @@ class Normalized(NamedTuple):
     grad_norm: Float[Array, "paths"]
 
 
+class Options(NamedTuple):
+    """The numbers of a step: minus the learning rate, μ (0 without momentum), ρ, c, and the weight decay."""
+
+    factor: Scalar
+    momentum: Scalar
+    rho: Scalar
+    curvature: Scalar
+    weight_decay: Scalar
+
+
+class Step(NamedTuple):
+    """What lines 5 to 7 are given of a plan's weights; `momentum` is None without, `new_radii` where ℜ stays."""
+
+    points: ByPath
+    gradients: ByPath
+    momentum: ByPath | None
+    kinds: Stacks
+    groups: Stacks
+    radii: Stacks
+    new_radii: Stacks | None
+    options: Options
+
+
+class Descent(NamedTuple):
+    """What they result in: displacements, momentum, and for each parameter its figures and whether it is refused."""
+
+    displacements: ByPath
+    momentum: ByPath | None
+    zeta_share: Float[Array, "paths"]
+    grad_norm: Float[Array, "paths"]
+    step_ratio: Float[Array, "paths"]
+    refused: Bool[Array, "paths"]
+
+
 def packed(plan: Plan, *trees: ByPath) -> list[ByPath]:
     """The tensors with those of buckets of many small parameters as one, [paths, *shape], at the key of the bucket.
 
@@ -85,13 +119,21 @@ def matrices(bucket: Bucket, tensors: ByPath) -> Float[Array, "paths *layers inp
 def project(plan: Plan, kinds: Stacks, radii: Stacks, points: ByPath, gradients: ByPath) -> Projected:
     """Line 5: gradL(ω) = Π_ω(∂L/∂ω)."""
     tangents, norms = kernels.tangent(*_matrices(plan, kinds, radii, points, gradients))
+    return Projected(_tensors(plan, points, tangents), *refuse(plan, points, norms))
+
+
+def refuse(plan: Plan, like: ByPath, norms: list[Array]) -> tuple[Stacks, Bool[Array, "paths"]]:
+    """The squared norms of every matrix as stacks, NaN in a refused parameter; and which those are.
+
+    `norms` are those of tensors that are packed as `like`.
+    """
     squares, refused = [], []
-    for bucket, own in zip(buckets(plan), _by_bucket(plan, points, norms), strict=True):
+    for bucket, own in zip(buckets(plan), _by_bucket(plan, like, norms), strict=True):
         square = _stacked(bucket, own)
         finite = _finite(square)
         squares.append(jnp.where(finite.reshape(-1, *(1,) * len(bucket.grid)), square, jnp.nan))
         refused.append(~finite)
-    return Projected(_tensors(plan, points, tangents), tuple(squares), _figure(refused, jnp.dtype(bool)))
+    return tuple(squares), _figure(refused, jnp.dtype(bool))
 
 
 def steepest(
@@ -219,17 +261,35 @@ def without_refused(plan: Plan, tangents: ByPath, refused: Bool[Array, "paths"])
     return result
 
 
-def without_refused_free(free: ByPath, before: Refused, refused: Bool[Array, "paths"]) -> tuple[ByPath, Refused]:
-    """The leaves without a collection, zero where they are refused, and the counts with one more for each refusal."""
-    kept, counts = {}, dict(before.free)
+def projected(
+    plan: Plan, kinds: Stacks, radii: Stacks | None, points: ByPath, gradients: ByPath
+) -> tuple[ByPath, Bool[Array, "paths"]]:
+    """Line 5 alone: tangent vectors in the dtypes of the gradients, zero where they are refused, and which are.
+
+    The radii are those at which the points lie, if None is given.
+    """
+    points, gradients = packed(plan, points, gradients)
+    found = project(plan, kinds, radii_of(plan, kinds, points) if radii is None else radii, points, gradients)
+    tangents = without_refused(plan, found.tangents, found.refused)
+    return apart(plan, {name: t.astype(gradients[name].dtype) for name, t in tangents.items()}), found.refused
+
+
+def without_refused_free(free: ByPath) -> tuple[ByPath, ByPath]:
+    """The leaves without a collection, zero where they are refused, and whether they are."""
+    kept, refused = {}, {}
     for path, g in free.items():
         if not jnp.issubdtype(g.dtype, jnp.inexact):
             continue
         size = jnp.abs(g)
         fine = jnp.isfinite(jnp.sum(jnp.square(size.astype(compute_dtype(size.dtype)))))
-        kept[path] = lax.select(fine, g, jnp.zeros_like(g))
-        counts[path] = counts[path] + (~fine).astype(jnp.int32)
-    return free | kept, Refused(before.constrained + refused.astype(jnp.int32), counts)
+        kept[path], refused[path] = lax.select(fine, g, jnp.zeros_like(g)), ~fine
+    return free | kept, refused
+
+
+def counted(before: Refused, constrained: Bool[Array, "paths"], free: ByPath) -> Refused:
+    """The counts of refused gradients with one more for each of these."""
+    counts = {path: before.free[path] + flag.astype(jnp.int32) for path, flag in free.items()}
+    return Refused(before.constrained + constrained.astype(jnp.int32), before.free | counts)
 
 
 def no_figure(plan: Plan, leaves: ByPath) -> Float[Array, "paths"]:

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from ..groups import Plan, Rules, Stacks, as_plan, buckets, by_path, check_scales, from_paths, violation
+from ..groups import Plan, Rules, Stacks, array_leaves, as_plan, buckets, by_path, check_scales, from_paths, violation
 from ..manifolds import compute_dtype
 from ._rescaling import InitialRadii
 from ._scale import ScaleState
@@ -113,7 +113,7 @@ def _narrowed(update: Array, point: Array) -> Array:
 
 def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
     """The leaves by path, if the weights of the plan's collections are among them, in their shapes."""
-    leaves = by_path(tree)
+    leaves = array_leaves(tree, role)
     for path in plan.collections:
         if path not in leaves and path in by_path(tree, is_leaf=lambda node: node is None):
             raise ValueError(
@@ -126,8 +126,8 @@ def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
             raise ValueError(
                 f"{link}: the {role} lack the leaf {path!r}, which the plan constrains; a wrapper that flattens, "
                 "renames or hides weights goes inside, as in fg.on_manifolds(optax.flatten(optimizer), plan). Under "
-                "optax.partition give each part a plan of its own, or put the whole plan outside. The "
-                f"paths are {list(leaves)[:8]}"
+                "optax.partition give each part a plan of its own, or put the whole plan outside, as in "
+                f"fg.on_manifolds(optax.partition(...), plan). The paths are {list(leaves)[:8]}"
             )
         if leaves[path].shape != plan.entries[path].shape:
             raise ValueError(
@@ -139,7 +139,12 @@ def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
                     else "make the plan from these parameters"
                 )
             )
-    return leaves
+    return {path: _of_jax(leaf) for path, leaf in leaves.items()}
+
+
+def _of_jax(leaf: Any) -> Any:
+    """NumPy's numbers as JAX's; not the float0 of a gradient by integers."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def check_on_manifold(link: str, start: Start, params: Any, initial_radii: InitialRadii) -> None:

@@ -5,11 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ..groups import Plan, as_rules, automatic, buckets, by_path, from_paths, groups_of, kinds_of, names_of, widest
 from ..manifolds import Euclidean, compute_dtype
 from . import _algorithm as algorithm
+from ._algorithm import Descent, Options, Step
+from ._at_once import Kernels, at_once, check_kernels, known_shardings
 from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
 from ._scale import Scale, ScaleState
@@ -28,7 +31,9 @@ def fgsgd(
     weight_decay: Scalar = 0.0,
     rescaling: Rescaling | None = None,
     initial_radii: InitialRadii = "gamma",
-    share_out: jax.sharding.Mesh | None = None,
+    share_out: Mesh | None = None,
+    kernels: Kernels = "auto",
+    shardings: Any = None,
     **old: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Fine-grained SGD: SGD on collections of products of manifolds.
@@ -37,28 +42,35 @@ def fgsgd(
     without a collection get `optax.sgd`. A leaf whose gradient has no finite squared norm is refused, as in `project`.
 
     Args:
-      learning_rate: r_t of eq. 3, a number or a schedule. At rate 0 constrained weights still move, by round-off: they
-        are set to their radius. `optax.freeze` after the optimizer keeps them.
+      learning_rate: r_t of eq. 3, a number or a schedule. Even at rate 0 constrained weights move by round-off, because
+        every step sets them to their radius. To keep them, put `optax.freeze` after the optimizer.
       plan: the plan of the parameters, or its rules.
       momentum: decay of the buffer that accumulates the normalized tangent vectors; None for no buffer. The buffer is
         stored as it is, in the tree of the parameters, and projected at the current point on use.
       nesterov: whether to look ahead, as in `optax.trace`.
       rho: ρ of eq. 5.
       curvature: c of eq. 5.
-      weight_decay: L2 penalty on unconstrained leaves and those of Euclidean matrices alone, added to their gradients
-        as in `optax.add_decayed_weights` before `optax.sgd`. On a manifold of fixed norm it would do nothing.
+      weight_decay: L2 penalty on unconstrained leaves and on leaves whose matrices are all Euclidean, added to their
+        gradients as by `optax.add_decayed_weights` before `optax.sgd`. On a manifold of fixed norm it would do nothing.
       rescaling: the options of λ; None for λ = 1.
       initial_radii: of the first epoch; see `rescale`.
-      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
-        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
-        displacements. None to have every device do all of it.
+      share_out: a mesh whose devices divide the retractions of large matrices among them, for data-parallel training,
+        where every device holds all weights. It costs a gather of the displacements. None: every device retracts all of
+        them.
+      kernels: `"auto"` takes lines 5 to 7 of small matrices (up to 64 entries; on GPU 32, or 12 with a Stiefel
+        manifold) by Pallas kernels where the program is compiled for a TPU or an NVIDIA GPU; `"xla"` takes none;
+        `"pallas"` raises an error, with path and reason, for a constrained leaf that has none.
+      shardings: how the constrained leaves lie on a mesh whose axes are not of type Explicit, which the kernels have to
+        know in a program for several devices: one `NamedSharding` for all of them, or a tree of them like the
+        parameters, as in `jax.jit(..., in_shardings=...)`. Without it, or `share_out`, such a program has no kernels.
       **old: keywords of version 0.1, which warn; see `rescale`.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for invalid options; where the program is lowered,
+        for a leaf without the kernels that `kernels="pallas"` asks for.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1.
@@ -78,6 +90,7 @@ def fgsgd(
     """
     plan = as_rules(plan)
     check_options(rho, curvature)
+    check_kernels(kernels)
     rescaling, initial_radii = options("fg.fgsgd", rescaling, initial_radii, old)
     rate = optax.scale_by_learning_rate(learning_rate)
     trace = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
@@ -109,64 +122,75 @@ def fgsgd(
         check_still_on_manifold("fg.fgsgd", call, params, before)
         scale = Scale(call.plan, rescaling, initial_radii)
 
-        def lines_5_and_6(points: ByPath, gradients: ByPath, state: Any, rho: Scalar, curvature: Scalar) -> Any:
-            points, gradients = algorithm.packed(call.plan, points, gradients)
-            found = algorithm.project(call.plan, state.kinds, state.radii, points, gradients)
-            zeta = algorithm.normalize(call.plan, state.groups, found.squares, rho, curvature)
-            steps = algorithm.scaled(call.plan, found.tangents, zeta.inverse_zeta)
-            steps = {path: step.astype(compute_dtype(points[path].dtype)) for path, step in steps.items()}
-            for bucket in buckets(call.plan):
+        def lines_5_to_7(plan: Plan, step: Step) -> Descent:
+            trees = [step.points, step.gradients] + ([] if step.momentum is None else [step.momentum])
+            points, gradients, *buffers = algorithm.packed(plan, *trees)
+            rho, curvature = step.options.rho, step.options.curvature
+            tangents, squares, refused = algorithm.project(plan, step.kinds, step.radii, points, gradients)
+            zeta = algorithm.normalize(plan, step.groups, squares, rho, curvature)
+            tangents = algorithm.scaled(plan, tangents, zeta.inverse_zeta)
+            tangents = {name: t.astype(compute_dtype(points[name].dtype)) for name, t in tangents.items()}
+            for bucket in buckets(plan):
                 if all(isinstance(kind, Euclidean) for kind in bucket.kinds):
-                    own = algorithm.names(bucket, steps)
-                    steps |= {name: decayed(steps[name], points[name]) for name in own}
-            figures = (x.astype(state.zeta_share.dtype) for x in (zeta.zeta_share, zeta.grad_norm))
-            return algorithm.apart(call.plan, steps), *figures, found.refused
-
-        def lines_7_and_8(points: ByPath, directions: ByPath, factor: Array, state: Any, feature_moments: Any) -> Any:
-            after = scale.advance(ScaleState(state.radii, state.lambdas), state.kinds, feature_moments)
-            points, directions = algorithm.packed(call.plan, points, directions)
+                    own = algorithm.names(bucket, tangents)
+                    decay = step.options.weight_decay
+                    tangents |= {name: decayed(tangents[name], points[name], decay) for name in own}
+            directions, momenta = accumulated(tangents, next(iter(buffers), None), step.options.momentum)
             displacements, ratio = algorithm.retract(
-                call.plan,
-                state.kinds,
-                state.radii,
+                plan,
+                step.kinds,
+                step.radii,
                 points,
                 directions,
-                new_radii=after.radii if rescaling.measures else None,
-                factor=factor,
-                is_tangent=momentum is None,
+                new_radii=step.new_radii,
+                factor=step.options.factor,
+                is_tangent=momenta is None,
                 share_out=share_out,
             )
-            return algorithm.apart(call.plan, displacements), after, ratio.astype(state.step_ratio.dtype)
+            displacements = algorithm.apart(plan, displacements)
+            momenta = None if momenta is None else algorithm.apart(plan, momenta)
+            return Descent(displacements, momenta, zeta.zeta_share, zeta.grad_norm, ratio, refused)
 
-        own = state._replace(momentum=None, rate=None)
-        points, gradients = call.constrained, {path: call.leaves[path] for path in call.plan.collections}
-        like = points, state.zeta_share, state.grad_norm, state.refused.constrained
-        steps, share, norm, refused = automatic(lines_5_and_6, points, gradients, own, rho, curvature, like=like)
+        def lines_5_to_8(step: Step, before: ScaleState, feature_moments: Any) -> tuple[Descent, ScaleState]:
+            after = scale.advance(before, step.kinds, feature_moments)
+            step = step._replace(new_radii=after.radii if rescaling.measures else None)
+            return at_once(lines_5_to_7, call.plan, step, kernels, nesterov, places), after
 
-        free, refused = algorithm.without_refused_free(call.free, state.refused, refused)
-        free = {path: decayed(g, call.points[path]) for path, g in free.items()}
-        directions, traced = accumulated(free | steps, state.momentum)
-
+        free, refused_free = algorithm.without_refused_free(call.free)
+        free = {path: decayed(g, call.points[path], weight_decay) for path, g in free.items()}
+        buffers = None if momentum is None else by_path(state.momentum.trace)
+        directions, buffers_free = accumulated(free, buffers, momentum)
         # The matrices are multiplied by the rate where they are read anyway: here it is that of a one.
         one = jnp.ones((), state.step_ratio.dtype)
-        rated: Any = rate.update(({path: directions[path] for path in free}, one), state.rate)
+        rated: Any = rate.update((directions, one), state.rate)
         (moved, factor), rate_state = rated
-        like = points, before, state.step_ratio
-        displacements, after, ratio = automatic(
-            lines_7_and_8, points, {path: directions[path] for path in steps}, factor, own, feature_moments, like=like
-        )
+
+        # Inside `automatic` the axes of a mesh have no types that tell.
+        everywhere = None if share_out is None else NamedSharding(share_out, PartitionSpec())
+        places = known_shardings(call.constrained, everywhere if shardings is None else shardings)
+        points, gradients = call.constrained, {path: call.leaves[path] for path in call.plan.collections}
+        own = None if buffers is None else {path: buffers[path] for path in points}
+        options = Options(factor, 0.0 if momentum is None else momentum, rho, curvature, weight_decay)
+        step = Step(points, gradients, own, state.kinds, state.groups, state.radii, None, options)
+        figure = state.step_ratio
+        like = Descent(points, own, figure, figure, figure, state.refused.constrained), before
+        descent, after = automatic(lines_5_to_8, step, before, feature_moments, like=like)
+        traced = state.momentum
+        if buffers is not None:
+            after_all = buffers | (buffers_free or {}) | (descent.momentum or {})
+            traced = traced._replace(trace=from_paths(after_all, traced.trace))
         # As Optax's optimizers do: an update is no wider than its weight or its gradient.
-        dtypes = {path: widest((points[path].dtype, gradients[path].dtype)) for path in displacements}
-        displacements = {path: move.astype(dtypes[path]) for path, move in displacements.items()}
+        dtypes = {path: widest((points[path].dtype, gradients[path].dtype)) for path in points}
+        displacements = {path: move.astype(dtypes[path]) for path, move in descent.displacements.items()}
         return call.answer(moved | displacements), state._replace(
             momentum=traced,
             rate=rate_state,
             radii=after.radii,
             lambdas=after.lambdas,
-            zeta_share=share,
-            grad_norm=norm,
-            step_ratio=ratio,
-            refused=refused,
+            zeta_share=descent.zeta_share,
+            grad_norm=descent.grad_norm,
+            step_ratio=descent.step_ratio,
+            refused=algorithm.counted(state.refused, descent.refused, refused_free),
         )
 
     def as_momentum(plan: Plan, params: Any) -> Any:
@@ -179,16 +203,16 @@ def fgsgd(
         # Shapes alone are enough to begin with zeros.
         return leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
 
-    def accumulated(steps: ByPath, state: Any) -> tuple[ByPath, Any]:
-        """The directions and the new momentum; a leaf without a gradient keeps its own."""
-        if momentum is None:
-            return steps, state
-        before = by_path(state.trace)
-        updated: Any = trace.update(steps, state._replace(trace={path: before[path] for path in steps}))
+    def accumulated(steps: ByPath, buffers: ByPath | None, decay: Scalar | None) -> tuple[ByPath, ByPath | None]:
+        """The directions of some leaves, and their new momentum."""
+        if buffers is None or decay is None:
+            return steps, None
+        before = optax.TraceState({path: buffers[path] for path in steps})
+        updated: Any = optax.trace(decay, nesterov).update(steps, before)
         directions, after = updated
-        return directions, state._replace(trace=from_paths(before | after.trace, state.trace))
+        return directions, after.trace
 
-    def decayed(g: Array, x: Array) -> Array:
+    def decayed(g: Array, x: Array, weight_decay: Scalar) -> Array:
         return g + jnp.asarray(weight_decay, g.dtype) * x.astype(g.dtype)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -35,16 +35,18 @@ def hyperball(
     It is the chain `inner`, `steepest(plan, tangent=False)`, η, `retract`, `rescale`, on a plan of spheres: `fg.Whole`
     for one norm a matrix, as in the source; a view by heads or tiles for a norm of each.
 
-    Different from the source: other manifolds of the plan norm u in their own way (by columns on oblique matrices; by
-    msign on Stiefel, which is Muon with a way back to the manifold); η is beside `inner`, whose learning rate is
-    divided out where a matrix is in the plan and acts on all other leaves, so that `inner` is a whole optimizer, as in
-    `on_manifolds`; R is that of the plan, or with `initial_radii="fitted"` that of the first weights, as in the source;
-    a gradient without a finite squared norm is refused, as in `project`.
+    Differences from the source:
+
+    * Other manifolds of the plan norm u in their own way: oblique ones by columns, Stiefel by msign, which is Muon with
+      a way back to the manifold.
+    * `inner` is a whole optimizer, as in `on_manifolds`. Its learning rate acts on leaves outside the plan; in the
+      plan, it is divided out and η takes its place.
+    * R is the plan's radius. With `initial_radii="fitted"` it is that of the first weights, as in the source.
+    * A gradient without a finite squared norm is refused, as in `project`.
 
     Args:
       inner: the optimizer, learning rate included: its updates are meant to be added to the weights. Its weight decay
-        is refused for leaves in the plan: Hyperball takes its place, and what it adds to u is normal to the manifold
-        and shortens the rest.
+        is refused for leaves in the plan: what it adds to u is normal to the manifold and only shortens the rest.
       plan: the plan of the parameters, or its rules.
       learning_rate: η, in radii: a number below 1 or a schedule.
       rescaling: the options of λ; None for λ = 1.

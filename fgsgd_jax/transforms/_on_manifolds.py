@@ -30,21 +30,21 @@ def on_manifolds(
     gradient has no finite squared norm is refused, as in `project`: `inner` is given zeros.
 
     Args:
-      inner: the optimizer, learning rate included: its updates are meant to be added to the weights. Where they are
-        zero constrained weights still move, by round-off: they are set to their radius.
+      inner: the optimizer, learning rate included: its updates are meant to be added to the weights. Even where they
+        are zero, constrained weights move by round-off, because every step sets them to their radius.
       plan: the plan of the parameters, or its rules.
       rescaling: the options of λ; None for λ = 1.
       initial_radii: of the first epoch; see `rescale`.
-      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
-        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
-        displacements. None to have every device do all of it.
+      share_out: a mesh whose devices divide the retractions of large matrices among them, for data-parallel training,
+        where every device holds all weights. It costs a gather of the displacements. None: every device retracts all of
+        them.
       **old: keywords of version 0.1, which warn; see `rescale`.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`; other extra arguments go to `inner`.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for invalid options.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -83,11 +83,7 @@ def on_manifolds(
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def line_5(points: ByPath, gradients: ByPath, state: Any) -> Any:
-            points, gradients = algorithm.packed(call.plan, points, gradients)
-            found = algorithm.project(call.plan, state.kinds, state.radii, points, gradients)
-            tangents = algorithm.without_refused(call.plan, found.tangents, found.refused)
-            tangents = {path: t.astype(gradients[path].dtype) for path, t in tangents.items()}
-            return algorithm.apart(call.plan, tangents), found.refused
+            return algorithm.projected(call.plan, state.kinds, state.radii, points, gradients)
 
         def lines_7_and_8(points: ByPath, directions: ByPath, state: Any, feature_moments: Any) -> Any:
             after = scale.advance(ScaleState(state.radii, state.lambdas), state.kinds, feature_moments)
@@ -106,7 +102,7 @@ def on_manifolds(
         own, points = state._replace(inner=None), call.constrained
         gradients = {path: call.leaves[path] for path in points}
         tangents, refused = automatic(line_5, points, gradients, own, like=(points, state.refused.constrained))
-        free, refused = algorithm.without_refused_free(call.free, state.refused, refused)
+        free, refused_free = algorithm.without_refused_free(call.free)
         directions, inner_state = inner.update(call.answer(free | tangents), state.inner, params, **extra_args)
         follow = called("fg.on_manifolds(inner)", call.plan, directions, params)
         like = points, before, state.step_ratio
@@ -114,7 +110,11 @@ def on_manifolds(
             lines_7_and_8, points, {path: follow.leaves[path] for path in points}, own, feature_moments, like=like
         )
         return follow.answer(displacements), state._replace(
-            radii=after.radii, lambdas=after.lambdas, inner=inner_state, step_ratio=ratio, refused=refused
+            radii=after.radii,
+            lambdas=after.lambdas,
+            inner=inner_state,
+            step_ratio=ratio,
+            refused=algorithm.counted(state.refused, refused, refused_free),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -16,8 +16,8 @@ def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
     Each matrix's update becomes Π_ω(g) at its weight ω. The radius is that of the weight as given.
 
     A leaf without a finite squared norm (it holds NaN or infinity, or is longer than 10¹⁹ in float32, where ζ leaves
-    nothing of a step) is refused, be it constrained or not: it becomes zero in this step, and `fg.refused` counts it.
-    So no such number reaches a weight or the state of any link behind. All other leaves are projected, or pass through.
+    nothing of a step) is refused, constrained or not: it becomes zero in this step, and `fg.refused` counts it. No such
+    number reaches a weight or the state of a later link. All other leaves are projected, or pass through.
 
     Args:
       plan: the plan of the parameters, or its rules.
@@ -59,12 +59,7 @@ def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTra
         call = called(link, plan, updates, params)
 
         def line_5(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
-            points, gradients = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
-            radii = algorithm.radii_of(call.plan, kinds, points)
-            found = algorithm.project(call.plan, kinds, radii, points, gradients)
-            tangents = algorithm.without_refused(call.plan, found.tangents, found.refused)
-            tangents = {path: t.astype(gradients[path].dtype) for path, t in tangents.items()}
-            return algorithm.apart(call.plan, tangents), found.refused
+            return algorithm.projected(call.plan, kinds, None, points, {path: leaves[path] for path in points})
 
         def as_they_are(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
             del kinds
@@ -76,7 +71,8 @@ def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTra
         passed, refused = automatic(
             line_5 if projects else as_they_are, state.kinds, call.constrained, call.leaves, like=like
         )
-        free, refused = algorithm.without_refused_free(call.free, state.refused, refused)
-        return call.answer(free | passed), state._replace(refused=refused)
+        free, refused_free = algorithm.without_refused_free(call.free)
+        counts = algorithm.counted(state.refused, refused, refused_free)
+        return call.answer(free | passed), state._replace(refused=counts)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -19,13 +19,13 @@ def rescale(
     initial_radii: InitialRadii = "gamma",
     **old: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sets the matrices that the displacements lead to to exactly their radius ℜ = γ/λ.
+    """Sets the matrices at which the displacements end to exactly their radius ℜ = γ/λ.
 
-    It is the last link of every chain. The radii are its state: no radius is carried from step to step by weights,
-    where round-off would walk it away. How λ changes them is said by `rescaling`; see `Rescaling`.
+    It is the last link of every chain. Its state holds the radii; weights do not carry them from step to step, because
+    round-off would let them drift. `rescaling` says how λ changes them; see `Rescaling`.
 
-    Updates are added to the weights. A matrix whose radius falls by a factor c keeps the round-off of what it was, c
-    times as much of it relative to the new radius, until the next step brings it back.
+    Updates are added to the weights. A matrix whose radius falls by a factor c keeps, until the next step, the
+    round-off of its old radius: c times as much relative to the new one.
 
     Args:
       plan: the plan of the parameters, or its rules.
@@ -39,7 +39,7 @@ def rescale(
       makes them.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for invalid options.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, section 4 and eq. 2.

@@ -11,24 +11,24 @@ InitialRadii = Literal["gamma", "fitted"]
 class Rescaling:
     """When and how the radii ℜ = γ/λ follow the features: the options of λ.
 
-    λ is the standard deviation of the features that enter a matrix, over an epoch. It is 1 in the first epoch, and for
-    ever if `every` and `warmup` are None or `update` is given no `feature_moments`. `feature_moments` (of
+    λ is the standard deviation of the features that enter a matrix, over an epoch. It is 1 in the first epoch, and
+    stays 1 if `every` and `warmup` are None or `update` is given no `feature_moments`. `feature_moments` (of
     `fg.nnx.moments` or `fg.linen.observe`) cover what was seen since the last applied update. A matrix whose channels
     had no features, or constant ones, keeps its scale and is counted in `fg.metrics`.
 
     Args:
-      every: applied updates in an epoch: after so many, ℜ changes. None: not after the warm-up.
+      every: the number of applied updates in an epoch, after which ℜ changes. None: no change after the warm-up.
       floor: smallest λ used. 1 guarantees ℜ ≤ γ and with it the norm bounds of Proposition 1; None uses λ as measured.
       max_change: largest factor by which radii change at once, None for none. Without normalization layers, changing
         all radii together over-corrects. If the plan knows the order of the layers (it was given a trace), each λ is
         corrected by the changes of the layers above it, and the limit concerns the channels of a layer relative to
         each other; `"auto"` is 1 + 4/(layers between normalizations) then, and 2 otherwise.
-      warmup: (updates, until): change every `updates` applied updates until `until` of them were applied. With a
-        limited change it lets the scales of a deep network without normalization settle early; with `every=None` they
-        stay then, without which such a network hardly trains: each change is one of the function that it computes.
+      warmup: (updates, until): change every `updates` applied updates until `until` of them were applied. Together with
+        `max_change` it lets the scales of a deep network without normalization settle early. There, leave `every` out,
+        so that they stay: every later change alters the function that the network computes, and training suffers.
 
     Raises:
-      ValueError: for options that make no sense.
+      ValueError: for invalid options.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, section 4 and eq. 2.

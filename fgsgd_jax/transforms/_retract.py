@@ -23,9 +23,9 @@ def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) ->
 
     Args:
       plan: the plan of the parameters, or its rules.
-      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
-        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
-        displacements. None to have every device do all of it.
+      share_out: a mesh whose devices divide the retractions of large matrices among them, for data-parallel training,
+        where every device holds all weights. It costs a gather of the displacements. None: every device retracts all of
+        them.
 
     Returns:
       A transformation whose `update` needs `params`, to put behind the learning rate. Only `rescale` may follow it:

@@ -49,9 +49,8 @@ def riemannian_adam(
 
       m ← b1 Π_ω(m) + (1 - b1) g,   v ← b2 v + (1 - b2) ‖g‖_F²,   ω ← φ_ω(-r m̂ / (√v̂ + eps)),
 
-    with m̂ = m / (1 - b1^t) and v̂ = v / (1 - b2^t). Because v is one number for a point, m̂ / √v̂ stays tangent and the
-    update does not depend on coordinates. Euclidean matrices are products of lines, a point each: they and
-    unconstrained leaves get `optax.adam`. No ζ.
+    with m̂ = m / (1 - b1^t) and v̂ = v / (1 - b2^t). Because v is one number for a point, m̂ / √v̂ stays tangent and
+    the update does not depend on coordinates. Euclidean matrices and unconstrained leaves get `optax.adam`.
 
     Args:
       learning_rate: r, a number or a schedule.
@@ -61,16 +60,16 @@ def riemannian_adam(
       eps: added to the root of the second moment.
       rescaling: the options of λ; None for λ = 1.
       initial_radii: of the first epoch; see `rescale`.
-      share_out: a mesh over all of whose devices the retraction of large matrices is shared out, each device with its
-        part of them, where every device holds the whole weights (data-parallel training). It costs a gather of the
-        displacements. None to have every device do all of it.
+      share_out: a mesh whose devices divide the retractions of large matrices among them, for data-parallel training,
+        where every device holds all weights. It costs a gather of the displacements. None: every device retracts all of
+        them.
       **old: keywords of version 0.1, which warn; see `rescale`.
 
     Returns:
       A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for invalid options.
 
     References:
       Bécigneul & Ganea, Riemannian Adaptive Optimization Methods, 2019, section 4.2, with Adam's bias correction, a

@@ -9,8 +9,8 @@ def robbins_monro(r0: float, power: float = 0.75, period: float = 1.0) -> optax.
 
     Args:
       r0: learning rate of the first step.
-      power: in (½, 1]: from ½ down the squares' sum diverges, above 1 the sum converges.
-      period: steps over which the rate falls by the factor 2^power for the first time.
+      power: in (½, 1]: at ½ and below, the sum of squares diverges; above 1, the sum converges.
+      period: steps until the rate has fallen by the factor 2^power.
 
     Returns:
       A schedule for any Optax optimizer.

@@ -38,10 +38,13 @@ def spel(
 
     where φ goes to the nearest point. It is the chain `optax.trace`, `steepest`, learning rate, `retract`, `rescale`.
 
-    Different from the source: other manifolds of the plan get the direction in their own norm (see `steepest`), so that
-    a tensor may mix them and a view may cut it into heads, slices or tiles; the radius s, to which r is relative, so
-    that one rate serves matrices of every width; weights start on their manifolds and stay there to round-off; a
-    gradient without a finite squared norm is refused, as in `project`.
+    Differences from the source:
+
+    * Other manifolds of the plan get the direction in their own norm (see `steepest`). So a tensor may mix them, and a
+      view may cut it into heads, slices or tiles.
+    * There is a radius s, and r is relative to it, so that one rate serves matrices of every width.
+    * Weights start on their manifolds and stay there to round-off.
+    * A gradient without a finite squared norm is refused, as in `project`.
 
     Args:
       learning_rate: r, in radii: a number below 1 or a schedule.
@@ -61,7 +64,7 @@ def spel(
       A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for invalid options.
 
     References:
       Yang & Lai, Manifold Constrained Steepest Descent, 2026, arXiv 2601.21487.
@@ -114,9 +117,11 @@ def manifold_muon(
 
     It is the chain of `spel` with `steepest(plan, "dual")`.
 
-    Different from the source: the dual is solved to 1e-4 of the maximum, and where a = msign(m + 2ωΛ) has no tangent
-    solution (n < 2p, as a rule) too, instead of by a fixed number of ascent steps; momentum; and what is different in
-    `spel` from its source.
+    Differences from the source, beside those of `spel`:
+
+    * The dual is solved to 1e-4 of the maximum instead of by a fixed number of ascent steps, and also where
+      a = msign(m + 2ωΛ) has no tangent solution (n < 2p, as a rule).
+    * There is momentum.
 
     Args:
       learning_rate: r, in radii: a number or a schedule.
@@ -133,7 +138,7 @@ def manifold_muon(
       A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for options that make no sense.
+      ValueError: outside jit, if parameters are off their manifolds; for invalid options.
 
     References:
       Bernstein, Modular Manifolds, Thinking Machines Lab: Connectionism, 2025.

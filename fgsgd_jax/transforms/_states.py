@@ -139,7 +139,7 @@ def radii(state: Any) -> dict[str, Float[Array | np.ndarray, "*layers inputs out
       Arrays over the grid of each parameter with a collection (1 for Euclidean matrices has no meaning).
 
     Raises:
-      ValueError: a state of something else.
+      ValueError: for a state of something else.
 
     Example:
       >>> import jax.numpy as jnp
@@ -164,7 +164,7 @@ def radii(state: Any) -> dict[str, Float[Array | np.ndarray, "*layers inputs out
 
 
 def refused(state: Any) -> dict[str, Int[Array | np.ndarray | np.generic, ""]]:
-    """In how many steps the gradient of each leaf was refused, since `init`.
+    """How many steps since `init` have refused the gradient of each leaf.
 
     A gradient without a finite squared norm is taken as zero in that step, as `project` says. All other leaves move,
     and so does a leaf with momentum; `optax.apply_if_finite` around the optimizer leaves out the whole step instead.
@@ -185,7 +185,7 @@ def refused(state: Any) -> dict[str, Int[Array | np.ndarray | np.generic, ""]]:
       >>> bool(jnp.all(updates["bias"] == 0)), int(fg.refused(state)["bias"]), int(fg.refused(state)["scale"])
       (True, 1, 0)
     """
-    counts: dict[str, Array] = {}
+    counts: dict[str, Any] = {}
     for found in _find(state):
         if isinstance(found, (ProjectState, FgsgdState, OnManifoldsState)):
             own = dict(zip(_names(found), found.refused.constrained, strict=True)) | found.refused.free
@@ -208,12 +208,11 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
       For each parameter with a collection: the share of its groups with ζ > 1, the largest norm R of a group's
       projected gradient, and the largest ‖v‖_F/s of a constrained matrix. `unfed` is the number of matrices that kept
       their scale at the last change of λ because no features, or constant ones, reached them. `degenerate` is the
-      number of matrices that never move because there is no radius to give them: `initial_radii="fitted"` of weights
-      that were zero, inside jit, where nothing can be refused. Cheap: it is
-      counted from the radii, and the others are read.
+      number of matrices that never move because they have no radius: weights that were zero when `init` ran with
+      `initial_radii="fitted"` inside jit, where nothing can be refused.
 
     Raises:
-      ValueError: a state of something else.
+      ValueError: for a state of something else.
 
     Example:
       >>> import jax.numpy as jnp
@@ -242,7 +241,8 @@ def metrics(state: Any) -> dict[str, StepMetrics]:
         if hasattr(found, "radii"):
             stuck = [
                 jnp.sum(~is_scale(radius, radius.dtype), axis=range(1, radius.ndim), dtype=jnp.int32)
-                for radius in found.radii
+                # An `nnx.Optimizer` keeps each array in a variable, which does not compare.
+                for radius in map(jnp.asarray, found.radii)
             ]
             of_state.append(("degenerate", itertools.chain(*stuck)))
         for name, values in of_state:

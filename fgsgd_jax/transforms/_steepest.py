@@ -17,8 +17,8 @@ def steepest(
     """Replaces updates by unit directions of steepest descent, each in the norm of its manifold.
 
     A matrix's update g (a gradient or a momentum, projected or not) becomes the vector u of norm s with the largest
-    ⟨g, u⟩, where s is the radius of the weight as given; the learning rate turns it around, and is so many radii. With
-    t = Π_ω(g) and t = U Σ Vᵀ, and 0 for t = 0,
+    ⟨g, u⟩, where s is the radius of the weight as given. The learning rate turns its sign and counts radii. With
+    t = Π_ω(g) = U Σ Vᵀ, and u = 0 where t = 0,
 
     | manifold | norm | u / s |
     |---|---|---|
@@ -29,9 +29,9 @@ def steepest(
     | Euclidean, s = 1 | spectral | msign(g), as Muon |
 
     The norm of a POM is the largest norm of its matrices: each gets a direction of its own, and the groups of the plan
-    do not matter. Nor does what scales whole matrices right before this link: ζ of `normalize_by_zeta` is divided out
-    again. (With a momentum between them, ζ weighs the steps against each other.) The views choose the matrices: heads,
-    slices, tiles. Leaves without a collection pass through.
+    do not matter. A link right before this one that scales whole matrices does nothing: ζ of `normalize_by_zeta` is
+    divided out again. (With momentum between them, ζ weighs the steps against each other.) The views choose the
+    matrices: heads, slices, tiles. Leaves without a collection pass through.
 
     msign(t) is steeper than all tangent vectors and not tangent itself (for n ≠ p). `retract` takes it as it is: the
     polar retraction goes to the point nearest to ω - ru, which exists for r < 1 and agrees with that of the tangent
@@ -41,14 +41,14 @@ def steepest(
       plan: the plan of the parameters, or its rules.
       method: `"polar"` or `"dual"`; they differ on Stiefel alone, and there not for square matrices.
       tangent: whether to project first. False gives the direction of g itself; not for `"dual"`.
-      coarse: whether the products of msign and of its projection are in bfloat16, with singular values that end within
-        15 % of 1; not for `"dual"`. Weights stay exactly on their manifolds.
+      coarse: whether to compute msign and its projection in bfloat16, with singular values within 15 % of 1; not for
+        `"dual"`. Weights stay exactly on their manifolds.
 
     Returns:
       A transformation whose `update` needs `params`, to put behind the momentum and before the learning rate.
 
     Raises:
-      ValueError: for options that make no sense.
+      ValueError: for invalid options.
 
     References:
       Yang & Lai, Manifold Constrained Steepest Descent, 2026 (`"polar"`, SPEL).

@@ -38,53 +38,40 @@ def load_hub(
     Only the images that the limits keep are decoded.
     """
     parts = "Parquet files with an image and a label column, or one folder of images per class"
-    with open_tables(name, "images", PLACES, parts) as tables:
-        return _images_of(name, tables, image_column, label_column, image_size, limit_train, limit_test)
-
-
-def _images_of(
-    name: str,
-    tables: dict[str, datasets.Dataset],
-    image_column: str | None,
-    label_column: str | None,
-    image_size: int | None,
-    limit_train: int | None,
-    limit_test: int | None,
-) -> ImageSet:
     notes: list[str] = []
-    any_table = next(iter(tables.values()))
-    image_column = _image_column(name, any_table, image_column)
-    label_column = _label_column(name, any_table, label_column)
+    with open_tables(name, "images", PLACES, parts) as tables:
+        any_table = next(iter(tables.values()))
+        image_column = _image_column(name, any_table, image_column)
+        label_column = _label_column(name, any_table, label_column)
 
-    train_table, test_table = train_and_test(name, tables)
-    train_labels, classes = _train_labels(name, train_table, label_column)
-    if test_table is None:
-        train_rows, test_rows, note = split_rows(train_labels)
-        notes.append(note)
-        test_table, test_labels = train_table, train_labels
-    else:
-        test_labels = _encode(name, test_table, label_column, classes)
-        train_rows, test_rows = np.arange(len(train_labels)), np.arange(len(test_labels))
+        train_table, test_table = train_and_test(name, tables)
+        train_labels, classes = _train_labels(name, train_table, label_column)
+        if test_table is None:
+            train_rows, test_rows, note = split_rows(train_labels)
+            notes.append(note)
+            test_table, test_labels = train_table, train_labels
+        else:
+            test_labels = _encode(name, test_table, label_column, classes)
+            train_rows, test_rows = np.arange(len(train_labels)), np.arange(len(test_labels))
 
-    def split(which: str, table: datasets.Dataset, labels, rows, limit: int | None) -> Split:
-        if limit is not None and limit < len(rows):
-            rows = rows[balanced_order(labels[rows], seed=0)[:limit]]
-        encoded = table.cast_column(image_column, datasets.Image(decode=False)).select(rows)
-        cells = (dict(row)[image_column] for row in encoded)
-        images, grey = decode(cells, rows, f"data {name!r}, split {which}", image_size)
-        if 0 < grey < len(rows):
-            notes.append(
-                f"{grey:,} of the {len(rows):,} {WORDS[which]} images are grey among colour: all are taken as colour"
-            )
-        return Split(images, labels[rows])
+        def split(which: str, table: datasets.Dataset, labels, rows, limit: int | None) -> Split:
+            if limit is not None and limit < len(rows):
+                rows = rows[balanced_order(labels[rows], seed=0)[:limit]]
+            encoded = table.cast_column(image_column, datasets.Image(decode=False)).select(rows)
+            cells = (dict(row)[image_column] for row in encoded)
+            images, grey = decode(cells, rows, f"data {name!r}, split {which}", image_size)
+            if 0 < grey < len(rows):
+                found = f"{grey:,} of the {len(rows):,} {WORDS[which]} images"
+                notes.append(f"{found} are grey among colour: all are taken as colour")
+            return Split(images, labels[rows])
 
-    train = split("train", train_table, train_labels, train_rows, limit_train)
-    test = split("test", test_table, test_labels, test_rows, limit_test)
-    if train.images.shape[-1] != test.images.shape[-1]:
-        grey = "training" if train.images.shape[-1] == 1 else "test"
-        notes.append(f"the {grey} images are grey, the others colour: all are taken as colour")
-    train, test = _same_channels(train, test)
-    return ImageSet(name=Path(name).name, train=train, test=test, classes=classes, notes=tuple(notes))
+        train = split("train", train_table, train_labels, train_rows, limit_train)
+        test = split("test", test_table, test_labels, test_rows, limit_test)
+        if train.images.shape[-1] != test.images.shape[-1]:
+            grey = "training" if train.images.shape[-1] == 1 else "test"
+            notes.append(f"the {grey} images are grey, the others colour: all are taken as colour")
+        train, test = _same_channels(train, test)
+        return ImageSet(name=Path(name).name, train=train, test=test, classes=classes, notes=tuple(notes))
 
 
 @contextmanager

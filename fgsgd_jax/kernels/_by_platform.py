@@ -1,0 +1,146 @@
+"""A computation that each platform does in its own way, chosen when the program is lowered for it.
+
+`lax.platform_dependent` would trace the ways of all platforms, and does not know how many devices a program is for.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array
+
+Way = Callable[..., Any]
+
+
+class Program(NamedTuple):
+    """What is known of a program when it is lowered.
+
+    `is_shared` says that its arrays may lie on several devices, in other ways than `shard_map`, which shows it the part
+    of one; `is_exported` that it is kept for other releases than this one.
+    """
+
+    is_shared: bool
+    is_exported: bool
+
+
+def by_platform(default: Way, ways: Mapping[str, Callable[[Program], Way]], like: Any, *args: Any) -> Any:
+    """`default(*args)`, or on a platform that has a way of its own, what that does.
+
+    Args:
+      default: what every other platform does; derivatives and batches are those of it.
+      ways: by platform, made for a program.
+      like: shapes and dtypes of the result, in its structure; functions are traced where they are needed alone.
+      *args: pytrees of arrays.
+    """
+    leaves, structure = jax.tree.flatten(_varying(args))
+    shapes, result = jax.tree.flatten(like)
+
+    def flat(way: Way) -> Callable[..., list[Any]]:
+        def of_leaves(*leaves: Any) -> list[Any]:
+            found, own = jax.tree.flatten(way(*jax.tree.unflatten(structure, leaves)))
+            assert own == result, (own, result)
+            return found
+
+        return of_leaves
+
+    flat_ways = tuple((name, lambda program, of=of: flat(of(program))) for name, of in ways.items())
+    types = tuple((each.shape, each.dtype) for each in shapes)
+    found = _by_platform_p.bind(*leaves, default=flat(default), ways=flat_ways, types=types)
+    return jax.tree.unflatten(result, found)
+
+
+_SHARED: contextvars.ContextVar[bool | None] = contextvars.ContextVar("shared", default=None)
+
+
+def is_shared() -> bool:
+    """Whether arrays may lie on several devices: in the program that is being lowered, or else in this process."""
+    known = _SHARED.get()
+    return jax.device_count() > 1 if known is None else known
+
+
+@contextlib.contextmanager
+def _lowered_for(program: Program) -> Iterator[None]:
+    token = _SHARED.set(program.is_shared)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _varying(args: Any) -> Any:
+    """The arguments, in `shard_map` of a type that differs between devices where that of any of them does."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return args
+    nothing: Any = sum(jnp.zeros_like(leaf, jnp.float32, shape=()) for leaf in jax.tree.leaves(args))
+
+    def varied(leaf: Array) -> Array:
+        return leaf + nothing.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(varied, args)
+
+
+_by_platform_p = Primitive("fgsgd_jax_by_platform")
+_by_platform_p.multiple_results = True
+
+
+@_by_platform_p.def_impl
+def _eager(*leaves: Any, default: Way, ways: Any, types: Any) -> list[Array]:
+    del types
+    arrays = [jnp.asarray(leaf) for leaf in leaves]  # some may be NumPy's
+    devices = set().union(*(array.devices() for array in arrays))
+    names = {"cuda" if device.platform == "gpu" else device.platform for device in devices}
+    of = dict(ways).get(names.pop()) if len(devices) == 1 else None
+    # Not jitted: the functions are new in every call, and would be compiled in every call.
+    return (default if of is None else of(Program(False, False)))(*arrays)
+
+
+@_by_platform_p.def_abstract_eval
+def _types(*leaves: Any, default: Way, ways: Any, types: Any) -> list[Any]:
+    del default, ways
+    like = next(leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+    return [like.update(shape=shape, dtype=dtype, weak_type=False) for shape, dtype in types]
+
+
+def _lowering(platform: str | None) -> Any:
+    def rule(ctx: Any, *leaves: Any, default: Way, ways: Any, types: Any) -> Any:
+        del types
+        parameters = ctx.module_context.lowering_parameters
+        program = Program(_shares(ctx.module_context.axis_context), parameters.for_export)
+        of = dict(ways).get(platform)
+        with _lowered_for(program):
+            return mlir.lower_fun(default if of is None else of(program))(ctx, *leaves)
+
+    return rule
+
+
+def _shares(context: Any) -> bool:
+    if isinstance(context, mlir.ShardingContext):
+        return context.num_devices != 1
+    if isinstance(context, mlir.SPMDAxisContext):
+        return set(context.manual_axes) != set(context.mesh.axis_names)
+    return False
+
+
+mlir.register_lowering(_by_platform_p, _lowering(None))
+for _platform in ("cpu", "tpu", "cuda"):
+    mlir.register_lowering(_by_platform_p, _lowering(_platform), _platform)
+
+
+def _derivative(primals: Sequence[Any], tangents: Sequence[Any], default: Way, **params: Any) -> Any:
+    found = _by_platform_p.bind(*primals, default=default, **params)
+    return found, jax.jvp(default, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))[1]
+
+
+def _batched(leaves: Sequence[Any], axes: Sequence[Any], default: Way, **params: Any) -> Any:
+    del params
+    found = jax.vmap(default, tuple(axes))(*leaves)
+    return found, [0] * len(found)
+
+
+ad.primitive_jvps[_by_platform_p] = _derivative
+batching.primitive_batchers[_by_platform_p] = _batched

@@ -1,0 +1,217 @@
+"""Lines 5 to 7 of Algorithm 1 by the kernels of the platform that a program is compiled for, where it has any."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from .. import kernels
+from ..groups import Bucket, Plan, buckets, by_path
+from ..linalg import largest
+from ..manifolds import compute_dtype
+from . import _algorithm as algorithm
+from ._algorithm import Descent, Step
+from ._states import ByPath
+
+Kernels = Literal["auto", "xla", "pallas"]
+Lines = Callable[[Plan, Step], Descent]
+
+
+def check_kernels(choice: str) -> None:
+    """Raises for a choice that there is not."""
+    if choice not in get_args(Kernels):
+        raise ValueError(f"kernels={choice!r}: write one of {', '.join(map(repr, get_args(Kernels)))}")
+
+
+def at_once(
+    lines: Lines, plan: Plan, step: Step, choice: Kernels, nesterov: bool, shardings: dict[str, NamedSharding]
+) -> Descent:
+    """What `lines` result in: by the kernels of the platform where it has any, or only by these (`"pallas"`).
+
+    `shardings` are those that are known, of the leaves by path.
+    """
+    if not plan.collections:
+        return lines(plan, step)
+    like = _like(plan, step)
+
+    def by_lines(step: Step) -> Descent:
+        if choice == "pallas":
+            raise ValueError(_refusal(next(iter(plan.collections)), "there are none for this platform"))
+        return jax.tree.map(lambda found, wanted: found.astype(wanted.dtype), lines(plan, step), like)
+
+    def way(platform: str, program: kernels.Program) -> Callable[[Step], Descent]:
+        form = _Form(platform, program, nesterov, shardings)
+        return lambda step: _by_kernels(form, lines, plan, step, choice == "pallas")
+
+    step = step._replace(options=jax.tree.map(jnp.asarray, step.options))
+    ways = {platform: functools.partial(way, platform) for platform in kernels.FORMS if choice != "xla"}
+    return kernels.by_platform(by_lines, ways, like, step)
+
+
+def known_shardings(points: ByPath, stated: Any) -> dict[str, NamedSharding]:
+    """How the leaves lie on a mesh, as far as it is known: by the types of explicit axes, or as it is stated."""
+    found = {}
+    for path, point in points.items():
+        sharding = jax.typeof(point).sharding
+        if sharding.mesh.are_all_axes_explicit and not sharding.mesh.empty:
+            found[path] = sharding
+    if isinstance(stated, NamedSharding):
+        return dict.fromkeys(points, stated) | found
+    return ({} if stated is None else {path: each for path, each in by_path(stated).items() if path in points}) | found
+
+
+class _Form(NamedTuple):
+    """The kernels of a platform for a program, and what is known of how leaves lie on its mesh."""
+
+    platform: str
+    program: kernels.Program
+    nesterov: bool
+    shardings: dict[str, NamedSharding]
+
+    def unserved(self, bucket: Bucket, step: Step) -> str | None:
+        """Why there are no kernels for a bucket; None if there are."""
+        if self.program.is_shared and (reason := self.lost(bucket)):
+            return reason
+        *grid, n, p = bucket.view.grid
+        dtypes = {tree[path].dtype for path in bucket.paths for tree in (step.points, step.gradients)}
+        return kernels.unserved(self.platform, self.program, self.layer(bucket), grid, n, p, *dtypes)
+
+    def layer(self, bucket: Bucket) -> kernels.LayerType:
+        return kernels.LayerType(bucket.kinds, bucket.grouping, bucket.members, self.nesterov)
+
+    def lost(self, bucket: Bucket) -> str | None:
+        """Why kernels cannot take the part of each device; None if they can."""
+        if any(path not in self.shardings for path in bucket.paths):
+            return (
+                "the program is for several devices, and nothing says how the weights lie on them: give the axes of "
+                "the mesh the type Explicit, or pass shardings="
+            )
+        own = [self.shardings[path] for path in bucket.paths]
+        if any(bucket.grid_spec(sharding.spec) is None for sharding in own):
+            return "entries of one matrix, or parts of several axes of the grid, lie on different devices"
+        if len({sharding.mesh for sharding in own}) > 1:
+            return "parameters of one shape lie on different meshes"
+        return None
+
+    def place(self, bucket: Bucket) -> kernels.Place | None:
+        """Where a bucket lies in a program for several devices."""
+        if not self.program.is_shared:
+            return None
+        own = [self.shardings[path] for path in bucket.paths]
+        # In the context of explicit axes a mesh of automatic ones was made.
+        mesh = own[0].mesh if jax.sharding.get_abstract_mesh().empty else None
+        return kernels.Place(mesh, [bucket.grid_spec(sharding.spec) for sharding in own])
+
+
+def _refusal(path: str, reason: str) -> str:
+    return f"kernels='pallas': {path}: {reason}; or write kernels='auto'"
+
+
+def _like(plan: Plan, step: Step) -> Any:
+    """The types of a descent."""
+    points = {path: step.points[path] for path in plan.collections}
+    moves = {path: jax.ShapeDtypeStruct(x.shape, compute_dtype(x.dtype)) for path, x in points.items()}
+    figure = algorithm.no_figure(plan, points)
+    figure, refused = (jax.ShapeDtypeStruct(figure.shape, dtype) for dtype in (figure.dtype, bool))
+    momentum = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), step.momentum)
+    types: list[Any] = [figure, figure, figure, refused]
+    return Descent(moves, momentum, *types)
+
+
+def _by_kernels(form: _Form, lines: Lines, plan: Plan, step: Step, only: bool) -> Descent:
+    """What the kernels of a platform serve by these, all else by `lines`."""
+    layout = buckets(plan)
+    reasons = [form.unserved(bucket, step) for bucket in layout]
+    for bucket, reason in zip(layout, reasons, strict=True):
+        if only and reason:
+            raise ValueError(_refusal(bucket.paths[0], reason))
+    rest = [bucket for bucket, reason in zip(layout, reasons, strict=True) if reason]
+    parts = [(rest, lines(*_part(plan, step, rest)))] if rest else []
+    for bucket in layout:
+        if bucket not in rest:
+            parts.append(([bucket], _of_bucket(form, *_part(plan, step, [bucket]))))
+    return _together(plan, step, parts)
+
+
+def _part(plan: Plan, step: Step, own: Sequence[Bucket]) -> tuple[Plan, Step]:
+    """The plan and the arrays of some buckets."""
+    paths = {path for bucket in own for path in bucket.paths}
+    places = [place for place, bucket in enumerate(buckets(plan)) if bucket in own]
+
+    def of(trees: Any) -> Any:
+        if isinstance(trees, dict):
+            return {path: trees[path] for path in trees if path in paths}
+        return trees if trees is None else tuple(trees[place] for place in places)
+
+    entries = {path: entry for path, entry in plan.entries.items() if path in paths}
+    arrays = {name: of(trees) for name, trees in step._asdict().items() if name != "options"}
+    return Plan(entries, plan.seed), step._replace(**arrays)
+
+
+def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
+    """One bucket's descent by kernels."""
+    (bucket,) = buckets(plan)
+    platform, layer, place = form.platform, form.layer(bucket), form.place(bucket)
+    scalars = jnp.stack([jnp.asarray(number).astype(jnp.float32) for number in step.options])
+    parameters = _planes(form, bucket, step)
+    if kernels.descends(platform, layer, parameters, place):
+        found = kernels.descend(platform, layer, scalars, parameters, place)
+        above, norm, refused, ratio = jnp.concatenate([each.figures for each in found]).reshape(-1, 4).T
+        share, refused = above / bucket.num_groups, refused > 0
+    else:
+        squares, refused = algorithm.refuse(plan, step.points, kernels.measure(platform, layer, parameters, place))
+        zeta = algorithm.normalize(plan, step.groups, squares, step.options.rho, step.options.curvature)
+        scales = kernels.unstack(zeta.inverse_zeta[0], restacked=True)
+        found = kernels.move(platform, layer, scalars, parameters, scales, place)
+        ratio = largest(jnp.stack([each.ratios for each in found]), 1)
+        share, norm = zeta.zeta_share, zeta.grad_norm
+
+    def tensors(name: str) -> Any:
+        pairs = zip(bucket.paths, found, strict=True)
+        return {path: bucket.view.merge(kernels.matrices(getattr(each, name))) for path, each in pairs}
+
+    momentum = None if step.momentum is None else tensors("momentum")
+    return Descent(tensors("displacement"), momentum, share, norm, ratio, refused)
+
+
+def _planes(form: _Form, bucket: Bucket, step: Step) -> list[kernels.Planes]:
+    """What the kernels are given of each parameter of the only bucket."""
+
+    def tensors(tree: Any) -> list[Any]:
+        split: Any = bucket.view.split
+        return [tree and kernels.planes(split(tree[path])) for path in bucket.paths]
+
+    def values(stacks: Any, dtype: Any = None) -> list[Any]:
+        if not stacks or isinstance(stacks[0], tuple):
+            return [None] * len(bucket.paths)
+        stacked = stacks[0] if dtype is None else stacks[0].astype(dtype)
+        return kernels.by_parameter(form.platform, form.program, stacked)
+
+    columns = [tensors(step.points), tensors(step.gradients), tensors(step.momentum), values(step.kinds)]
+    columns += [values(step.radii, jnp.float32), values(step.new_radii, jnp.float32)]
+    columns.append(values(step.groups if form.layer(bucket).has_groups else None))
+    return [kernels.Planes(*parts) for parts in zip(*columns, strict=True)]
+
+
+def _together(plan: Plan, step: Step, parts: Sequence[tuple[Sequence[Bucket], Descent]]) -> Descent:
+    """One descent of those of parts of the plan, the figures in the order of its buckets."""
+    by_bucket: dict[tuple[str, ...], list[Any]] = {}
+    for own, (_, _, *columns) in parts:
+        start = 0
+        for bucket in own:
+            end = start + len(bucket.paths)
+            by_bucket[bucket.paths] = [column[start:end] for column in columns]
+            start = end
+    in_order = zip(*(by_bucket[bucket.paths] for bucket in buckets(plan)), strict=True)
+    dtypes = [wanted.dtype for wanted in _like(plan, step)[2:]]
+    figures = [
+        jnp.concatenate([part.astype(dtype) for part in column]) for column, dtype in zip(in_order, dtypes, strict=True)
+    ]
+    displacements, momentum = {}, {}
+    for _, descent in parts:
+        displacements |= descent.displacements
+        momentum |= descent.momentum or {}
+    return Descent(displacements, None if step.momentum is None else momentum, *figures)
