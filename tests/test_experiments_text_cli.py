@@ -59,6 +59,7 @@ def test_train_prints_lines_and_a_paragraph_and_resumes_by_what_it_says(capsys, 
     assert "has --schedule cosine, drawn over 6 steps" in refused(
         "train", "--run-dir", folder, "--resume", "--steps", "9"
     )
+    assert "is of text; the bounds are those of networks for images" in refused("bounds", folder)
     assert "is of --task text; leave --task out" in refused(
         "train", "--task", "images", "--run-dir", folder, "--resume"
     )

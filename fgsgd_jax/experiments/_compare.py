@@ -22,7 +22,7 @@ from ._log import Record, finite
 from ._rows import row_config, row_rates
 from ._run import about_data, load_for
 from ._state import TrainState
-from ._tasks import config_from_dict
+from ._tasks import AnyConfig, config_from_dict
 from ._text import TextConfig, TextSet, hold_out_text
 from ._trainer import Trainer
 from ._versions import versions
@@ -37,7 +37,7 @@ TUNING_SEED = 1_000_000
 class Comparison:
     """All that a comparison's result depends on."""
 
-    base: Config
+    base: AnyConfig
     rows: tuple[str, ...]
     lrs: tuple[float, ...]
     """the grid of rates; on text, multiples of the rate that suits each optimizer"""

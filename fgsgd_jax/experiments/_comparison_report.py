@@ -41,7 +41,7 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
         "",
         f"```\n{command}\n```",
         "",
-        _text_setting(base, comparison) if text else _image_setting(comparison),
+        _text_setting(base, comparison) if isinstance(base, TextConfig) else _image_setting(comparison),
         "",
         *_content(found),
         ("Losses in nats a byte, errors in percent of the likeliest next byte, " if text else "Errors in percent, ")
@@ -119,7 +119,9 @@ def _scale_of_errors(axes: Axes) -> None:
     ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
     axes.set_yticks(ticks)
     # Down to what the rows reach. A training that diverged has no numbers.
-    lowest = min((error for line in axes.lines for error in line.get_ydata() if error >= 0), default=0)
+    lowest = min(
+        (error for line in axes.lines for error in np.asarray(line.get_ydata(), float) if error >= 0), default=0
+    )
     axes.set_ylim(max(tick for tick in ticks[:-1] if tick <= lowest), 100)
     axes.yaxis.set_major_formatter("{x:g}")
 

@@ -13,7 +13,7 @@ import fgsgd_jax as fg
 from . import _processes as processes
 from ._augment import resolve
 from ._checkpoints import Checkpoints
-from ._config import Config, TrainConfig
+from ._config import TrainConfig
 from ._data import ImageSet, data_difference, load
 from ._errors import UsageError, resume_command
 from ._fit import Report, fit
@@ -23,7 +23,7 @@ from ._picture import draw, draw_scales
 from ._progress import ProgressDisplay
 from ._schedules import CONSTANT
 from ._state import Glance, TrainState
-from ._tasks import config_from_dict
+from ._tasks import AnyConfig, config_from_dict
 from ._text import TextConfig, TextSet, TextTask, continued, load_text
 from ._trainer import Trainer
 from ._versions import versions
@@ -50,7 +50,7 @@ class Result(NamedTuple):
 
 
 def run(
-    config: Config,
+    config: AnyConfig,
     folder: Path,
     *,
     trainer: Trainer | None = None,
@@ -147,7 +147,7 @@ def _with_bounds(trainer: Trainer, measurer: Measurer) -> Report:
     return report
 
 
-def load_for(config: Config) -> Any:
+def load_for(config: AnyConfig) -> Any:
     """The images or texts that a training's options ask for."""
     if isinstance(config, TextConfig):
         return load_text(
@@ -157,7 +157,6 @@ def load_for(config: Config) -> Any:
             limit_train=config.limit_train,
             validation=config.validation,
         )
-    assert isinstance(config, TrainConfig)
     return load(
         config.data,
         image_column=config.image_column,
@@ -169,7 +168,7 @@ def load_for(config: Config) -> Any:
     )
 
 
-def about_data(config: Config, data: ImageSet | TextSet) -> list[str]:
+def about_data(config: AnyConfig, data: ImageSet | TextSet) -> list[str]:
     """What is trained and tested on, and how the images are changed: what a user would want to know beforehand."""
     if not isinstance(config, TrainConfig):
         return data.summary()
@@ -194,7 +193,7 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def stored_config(folder: Path) -> Config:
+def stored_config(folder: Path) -> AnyConfig:
     """The options of the run in this folder."""
     path = folder / LOG
     if not path.is_file():
@@ -205,7 +204,7 @@ def stored_config(folder: Path) -> Config:
     return config_from_dict(header["config"])
 
 
-def refuse_other_options(folder: Path, config: Config) -> None:
+def refuse_other_options(folder: Path, config: AnyConfig) -> None:
     """A run goes on with the options that it began with, or for longer where that changes none of its steps."""
     before = stored_config(folder)
     if difference := config.of_length(before.length).difference(before):
@@ -263,7 +262,7 @@ class _Keeper:
         self._checkpoints.save(step, state, self._about)
 
 
-def _take_up(log: MetricsLog, config: Config, data: ImageSet | TextSet) -> None:
+def _take_up(log: MetricsLog, config: AnyConfig, data: ImageSet | TextSet) -> None:
     """Refuse other data, and write down how long the run is now to be."""
     header, records = log.read()
     if difference := data_difference(data.fingerprint(), header.get("data") or {}):
@@ -295,11 +294,11 @@ def _create(log: MetricsLog, header: Record) -> None:
         raise UsageError(f"run directory {folder} cannot be written: {error.strerror or error}") from error
 
 
-def _about(config: Config, plan: fg.Plan | None) -> dict[str, Any]:
+def _about(config: AnyConfig, plan: fg.Plan | None) -> dict[str, Any]:
     return {"config": config.to_dict(), "plan": None if plan is None else plan.to_json()}
 
 
-def _restored(checkpoints: Checkpoints, config: Config, plan: fg.Plan | None, start: TrainState) -> TrainState:
+def _restored(checkpoints: Checkpoints, config: AnyConfig, plan: fg.Plan | None, start: TrainState) -> TrainState:
     """The newest saved state; the first one where the run did not come to its first checkpoint."""
     step = checkpoints.latest()
     if step is None:

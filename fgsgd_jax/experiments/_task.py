@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 import fgsgd_jax as fg
 
 from ._augment import Augmentation, augment, resolve
-from ._config import Config, TrainConfig
+from ._config import TrainConfig
 from ._data import ImageSet, balanced_order
 from ._device_data import DeviceSplit, normalize, to_devices
 from ._devices import Devices
@@ -19,6 +19,7 @@ from ._errors import UsageError
 from ._models import Model, build
 from ._optimizer import make_optimizer, make_plan
 from ._schedules import schedule
+from ._tasks import AnyConfig
 from ._text import TextConfig, TextSet, TextTask
 
 # Batches of training images, at most, that batch normalization's statistics are measured on before an evaluation. On
@@ -32,7 +33,6 @@ class Task(Protocol):
 
     data: Any
     model: Model
-    trace: fg.Trace | None
     train_data: Any
     test_data: Any
     steps_per_epoch: int
@@ -90,7 +90,7 @@ class ImageTask:
         self.train_data, self.test_data = to_devices(data, devices)
         self.tests = len(data.test)
         self.model = build(config.model, len(data.classes), data.channels)
-        self.trace = self.model.trace(data.train.images.shape[1:3])
+        self._trace = self.model.trace(data.train.images.shape[1:3])
         # Every schedule is proportional to the rate that it starts from.
         self.unit_rate = schedule(config.schedule, 1.0, self.total_steps)
         self.observes = config.lambda_ != "off"
@@ -101,7 +101,7 @@ class ImageTask:
         self.statistics_rows = rows.astype(np.int32)
 
     def plan(self, shapes: Any, seed: int) -> fg.Plan | None:
-        return make_plan(self._config, shapes, seed, self.trace)
+        return make_plan(self._config, shapes, seed, self._trace)
 
     def begin(self, key: jax.Array, params: Any, plan: fg.Plan) -> Any:
         return fg.initialize(key, params, plan)
@@ -121,10 +121,9 @@ class ImageTask:
         return normalize(images, data), labels
 
 
-def make_task(config: Config, data: Any, devices: Devices) -> Task:
+def make_task(config: AnyConfig, data: Any, devices: Devices) -> Task:
     """The task that a config and its data make."""
     if isinstance(config, TextConfig):
         assert isinstance(data, TextSet)
         return TextTask(config, data, devices)
-    assert isinstance(config, TrainConfig)
     return ImageTask(config, data, devices)

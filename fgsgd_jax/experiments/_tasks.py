@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from ._config import Config, TrainConfig
+from ._config import TrainConfig
 from ._errors import unknown
 from ._text import TextConfig
 
-CONFIGS: dict[str, type[Config]] = {"images": TrainConfig, "text": TextConfig}
+AnyConfig = TrainConfig | TextConfig
+CONFIGS: dict[str, type[AnyConfig]] = {"images": TrainConfig, "text": TextConfig}
 
 
-def config_from_dict(values: dict[str, Any]) -> Config:
+def config_from_dict(values: dict[str, Any]) -> AnyConfig:
     """The options that `to_dict` wrote, of whatever task; those of older versions are of images."""
     name = values.get("task", "images")
     if name not in CONFIGS:

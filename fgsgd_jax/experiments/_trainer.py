@@ -11,13 +11,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 import fgsgd_jax as fg
 
-from ._config import Config
 from ._devices import Devices
 from ._errors import UsageError
 from ._models._initializers import BN_MOMENTUM
 from ._models._model import Stats
 from ._state import Figures, Glance, Totals, TrainState, Zeta
 from ._task import make_task
+from ._tasks import AnyConfig
 
 # What the run's seed is folded with, so that each draws from a stream of its own.
 WEIGHTS, MANIFOLDS, ORDER, AUGMENTATION = range(4)
@@ -32,7 +32,7 @@ class Trainer:
     States of different seeds, whose plans differ, run through the same compiled program.
     """
 
-    def __init__(self, config: Config, data: Any):
+    def __init__(self, config: AnyConfig, data: Any):
         """Build the network and the optimizer; each function is compiled when it is first called.
 
         Args:
@@ -232,7 +232,7 @@ class Trainer:
 
     def _steps_of(self, totals: Totals) -> float:
         """The steps that went into the totals."""
-        return totals.predictions / (self.config.batch_size * self.task.predictions)
+        return float(totals.predictions) / (self.config.batch_size * self.task.predictions)
 
     # What is compiled.
 

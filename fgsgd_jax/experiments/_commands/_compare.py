@@ -152,7 +152,9 @@ class TextCompare(Compare):
 
     SHARE: ClassVar[str] = "--validation"
 
-    config: Annotated[SharedTextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SharedTextConfig)
+    config: Annotated[SharedTextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(  # pyright: ignore
+        default_factory=SharedTextConfig
+    )
     rows: str = ",".join(TEXT_ROWS)
     """The rows, separated by commas: optimizers as `fgsgd train --task text` takes them, after which :scheme chooses
     other manifolds than the optimizer's own, and ~option=value changes an option: spel:heads~tangent=off."""

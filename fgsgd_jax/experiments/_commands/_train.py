@@ -94,7 +94,9 @@ class Train(Command):
 class TextTrain(Train):
     """Train a small GPT on text: log, checkpoints, a picture and a sample go into the run directory."""
 
-    config: Annotated[TextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=TextConfig)
+    config: Annotated[TextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(  # pyright: ignore
+        default_factory=TextConfig
+    )
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the last checkpoint of the run directory. Options left out are those that the run began with; with a
     constant --schedule, --steps may be more."""

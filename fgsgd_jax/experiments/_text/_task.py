@@ -30,7 +30,6 @@ class DeviceText(NamedTuple):
 class TextTask:
     """Passages of text, of which every next byte is to be told."""
 
-    trace = None
     observes = False
     # There is no batch normalization.
     statistics_rows = np.zeros((0, 0), np.int32)
