@@ -35,7 +35,7 @@ class Train(Command):
     def of(cls, options: Sequence[str]) -> type[Command]:
         """That of the task, which a run to be resumed knows itself."""
         task, folder = given(options, "--task"), given(options, "--run-dir")
-        if task is None and folder is not None and "--resume" in options:
+        if task is None and folder is not None and "--resume" in options and (Path(folder) / LOG).is_file():
             task = getattr(stored_config(Path(folder)), "task", None)
         if task is not None and task not in CONFIGS:
             raise unknown("task", task, CONFIGS)
