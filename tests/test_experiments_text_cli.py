@@ -13,8 +13,10 @@ from fgsgd_jax.experiments import TextConfig
 from fgsgd_jax.experiments.__main__ import main
 from fgsgd_jax.experiments._compare import chosen_rate
 from fgsgd_jax.experiments._comparison_report import report
+from fgsgd_jax.experiments._paired import paired_difference
 from fgsgd_jax.experiments._rows import TEXT_ROWS, check_rows, row_config, row_name, row_rates
 
+ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--task", "text", "--data", "book.txt", "--layers", "1", "--width", "16", "--heads", "1", "--context", "16"]
 SMALL += ["--batch-size", "4", "--steps", "6", "--report-every", "3", "--test-bytes", "160", "--warmup", "2"]
 COMPARE = ["compare", *SMALL, "--rows", "adamw,muon", "--lrs", "0.3,1", "--seeds", "2", "--run-dir", "comparison"]
@@ -143,3 +145,34 @@ def test_a_comparison_tunes_by_loss_reports_and_goes_on_where_it_was(place, refu
     assert "holds another comparison (--momentum is 0.5, was 0.95)" in refused(*COMPARE, "--momentum", "0.5")
     (place / "book.txt").write_bytes((place / "book.txt").read_bytes()[::-1])
     assert "holds a comparison on other data (training text: 2808 with checksum" in refused(*COMPARE)
+
+
+def test_the_findings_quote_the_published_comparisons():
+    results = ROOT / "benchmarks" / "results"
+    section = re.search(r"\{#text\}\n(.*?)\n## ", (ROOT / "docs" / "findings.md").read_text(), re.DOTALL)[1]
+    table = [re.split(r" *\| *", line.strip("| ")) for line in section.splitlines() if line.startswith("| `")]
+    trainings = [
+        json.loads((results / f"compare_text_{name}" / "results.json").read_text())["trainings"]
+        for name in ("austen", "stdlib")
+    ]
+    times = json.loads((results / "text_steps.json").read_text())["milliseconds"]
+
+    def losses(corpus, row):
+        tests = (t for t in corpus if (t["row"], t["stage"]) == (row, "test"))
+        return np.array([t["loss"] for t in sorted(tests, key=lambda t: t["seed"])])
+
+    def compared(corpus, row, reference):
+        found = paired_difference(losses(corpus, row), losses(corpus, reference))
+        return f"{found.mean:+.3f} [{found.lower:+.3f}, {found.upper:+.3f}]".replace("-", "−")
+
+    means, differences = [], []
+    for first, second, *_ in table:
+        row = first.strip("`")
+        if second.startswith("`"):
+            pairs = [compared(corpus, row, second.strip("`")) for corpus in trainings]
+            differences.append([first, second, *pairs])
+        else:
+            means.append([first, *(f"{losses(corpus, row).mean():.3f}" for corpus in trainings), f"{times[row]:.0f}"])
+    assert table == means + differences
+    assert {row.strip("`") for row, *_ in means} == set(times)
+    assert len(differences) == 13

@@ -137,16 +137,23 @@ def _draw_zeta(axes: Axes, runs: Mapping[str, Records], words: Words) -> None:
         axes.text(0.5, 0.5, "no weight is constrained", transform=axes.transAxes, ha="center", color="gray")
         axes.set_yticks([])
         return
-    axes.set(ylabel="groups with ζ > 1, % (solid)")
-    ratio = axes.twinx()
+    # An optimizer without line 6 has no ζ.
+    normalizes = any(not np.isnan(_series(records, "zeta_share")).all() for records in constrained.values())
+    if normalizes:
+        axes.set(ylabel="groups with ζ > 1, % (solid)")
+    else:
+        axes.set(title="Longest step")
+    ratio = axes.twinx() if normalizes else axes
     ratio.set(ylabel="largest ‖v‖/s (dashed)")
     _logarithmic(ratio)
     for colour, records in constrained.items():
         epochs = [record[words.lap] for record in records]
-        axes.plot(epochs, 100 * _series(records, "zeta_share"), **_style(colour, records))
+        if normalizes:
+            axes.plot(epochs, 100 * _series(records, "zeta_share"), **_style(colour, records))
         style: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"} | _style(colour, records)
         ratio.plot(epochs, _series(records, "step_ratio"), **style)
-    axes.set_ylim(bottom=0)
+    if normalizes:
+        axes.set_ylim(bottom=0)
 
 
 def _logarithmic(axes: Axes) -> None:

@@ -45,7 +45,10 @@ class ProgressDisplay:
         self._shown = 0.0
 
     def __enter__(self) -> "ProgressDisplay":
-        for line in legend(self._trainer.plan_of(self._trainer.config.seed) is not None, self._words):
+        constrained = self._trainer.plan_of(self._trainer.config.seed) is not None
+        # On text only FG-SGD has line 6.
+        normalizes = getattr(self._trainer.config, "optimizer", "fgsgd") == "fgsgd"
+        for line in legend(constrained, self._words, normalizes):
             self._console.print(line, highlight=False, soft_wrap=True)
         self._bar.start()
         return self
@@ -78,13 +81,14 @@ class ProgressDisplay:
         return f"{self._words.lap} {_counted(lap, self._total)}"
 
 
-def legend(constrained: bool, words: Words = WORDS["images"]) -> list[str]:
+def legend(constrained: bool, words: Words = WORDS["images"], normalizes: bool = True) -> list[str]:
     """What the epochs' lines say, in lines of at most 80 characters."""
+    step = "|v|/s: longest step by radius"
     return (
         list(words.legend)
         + [
             "viol: largest distance from a manifold, as a share of its radius",
-            "ζ>1: share of the groups whose step ζ shortened; |v|/s: longest step by radius",
+            f"ζ>1: share of the groups whose step ζ shortened; {step}" if normalizes else step,
         ]
         * constrained
     )
