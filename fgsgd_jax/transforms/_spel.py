@@ -75,7 +75,7 @@ def spel(
       >>> params = {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}
       >>> rules = [("kernel", fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o")), ("*", None)]
       >>> params = fg.initialize(jax.random.key(0), params, rules)
-      >>> tx = fg.spel(0.05, rules, free=optax.adam(1e-3))
+      >>> tx = fg.spel(0.05, rules, free=optax.sgd(1e-3))
       >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
       >>> params = optax.apply_updates(params, updates)
       >>> bool(fg.violation(params, rules)["kernel"] < 1e-6)
@@ -149,7 +149,7 @@ def manifold_muon(
       >>> params = {"kernel": jnp.zeros((6, 4))}
       >>> rules = [("kernel", fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o"))]
       >>> params = fg.initialize(jax.random.key(0), params, rules)
-      >>> tx = fg.manifold_muon(0.05, rules)
+      >>> tx = fg.manifold_muon(0.05, rules, free=optax.sgd(1e-3))
       >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
       >>> params = optax.apply_updates(params, updates)
       >>> bool(fg.violation(params, rules)["kernel"] < 1e-6)
