@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[experiments]" --group dev
 	touch $@
 
-demo: $(VENV)/.ready  ## the Euclidean baseline and FG-SGD on digits, under three minutes
+demo: $(VENV)/.ready  ## the Euclidean baseline and FG-SGD on digits, under three minutes once installed
 	$(BIN)/fgsgd demo
 
 # Compilation is most of the time: without LLVM's optimization it takes two thirds. test-all compiles as users do.

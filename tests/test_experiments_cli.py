@@ -32,6 +32,7 @@ from fgsgd_jax.experiments._paired import paired_difference
 from fgsgd_jax.experiments._progress import ProgressDisplay, epoch_line, legend
 from fgsgd_jax.experiments._rows import check_rows, row_config
 from fgsgd_jax.experiments._state import Glance, Totals, Zeta
+from fgsgd_jax.experiments._tasks import CONFIGS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -129,7 +130,8 @@ def test_one_vocabulary_for_schemes(tmp_path):
 
 def commands_of(page):
     """The command lines in a page's blocks, without what is said behind them and before them."""
-    lines = [line for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL) for line in block.splitlines()]
+    blocks = re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [match[1] for line in lines if (match := re.match(r"(?:[A-Z_]+=\S+ )*fgsgd (?!demo\b)(.*)", line))]
 
 
@@ -141,9 +143,9 @@ def test_every_command_of_the_pages_can_be_read(page):
         name, *options = shlex.split(command, comments=True)
         if name not in COMMANDS:
             continue  # what the terminal says, which begins like a command
-        read = tyro.cli(COMMANDS[name], args=options)
+        read = tyro.cli(COMMANDS[name].of(options), args=options)
         if isinstance(read, Compare):
-            check_rows(read.rows.split(","), TrainConfig())
+            check_rows(read.rows.split(","), CONFIGS[read.config.task]())
         elif isinstance(read, Train):
             read.config.check()
 

@@ -52,7 +52,7 @@ def _dispatch(arguments: list[str]) -> None:
         name, *options = arguments
         if name not in COMMANDS:
             raise unknown("command", name, COMMANDS)
-        kind = COMMANDS[name]
+        kind = COMMANDS[name].of(options)
         for given in options:
             if (word := given.partition("=")[0].replace("_", "-")) in kind.instead:
                 raise UsageError(f"{word} is no option of `fgsgd {name}`: give {kind.instead[word]}")

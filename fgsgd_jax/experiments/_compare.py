@@ -1,4 +1,4 @@
-"""The comparison of schemes: every row tuned on the same grid, trained with the same seeds, tested once."""
+"""The comparison of schemes or optimizers: every row tuned on a grid, trained with the same seeds, tested once."""
 
 import dataclasses
 import json
@@ -14,14 +14,16 @@ import numpy as np
 import fgsgd_jax as fg
 
 from ._augment import resolve
-from ._config import TrainConfig
-from ._data import ImageSet, check, data_difference, hold_out
+from ._config import Config, TrainConfig
+from ._data import check, data_difference, hold_out
 from ._errors import UsageError
 from ._fit import fit
 from ._log import Record, finite
-from ._rows import row_config
+from ._rows import row_config, row_rates
 from ._run import about_data, load_for
 from ._state import TrainState
+from ._tasks import AnyConfig, config_from_dict
+from ._text import TextConfig, TextSet, hold_out_text
 from ._trainer import Trainer
 from ._versions import versions
 
@@ -35,20 +37,21 @@ TUNING_SEED = 1_000_000
 class Comparison:
     """All that a comparison's result depends on."""
 
-    base: TrainConfig
+    base: AnyConfig
     rows: tuple[str, ...]
     lrs: tuple[float, ...]
+    """the grid of rates; on text, multiples of the rate that suits each optimizer"""
     seeds: int
     tuning_seeds: int
     held_out: float
 
     def to_dict(self) -> Record:
-        """As JSON reads it. A folder of images goes by its name, for people: its path is of one machine."""
-        base = dataclasses.replace(
-            self.base, data=Path(self.base.data).name, augment=resolve(self.base.augment, self.base.data)
-        )
+        """As JSON reads it. A folder of data goes by its name, for people: its path is of one machine."""
+        base = self.base.to_dict() | {"data": self.base.names[0]}
+        if isinstance(self.base, TrainConfig):
+            base["augment"] = resolve(self.base.augment, self.base.data)
         return dataclasses.asdict(self) | {
-            "base": dataclasses.asdict(base),
+            "base": base,
             "rows": list(self.rows),
             "lrs": list(self.lrs),
         }
@@ -58,12 +61,12 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
     """Train everything that the folder has no result of yet. Rows and seeds may be added to what it has.
 
     Results go by the content of their data, wherever that lies and whatever its folder is called: the checksums of all
-    images and labels must be those of the results that are there.
+    images and labels, or texts, must be those of the results that are there.
 
-    For each row and rate of the grid the tuning seeds train on the training images but a share, on which they are then
-    tested; the rate with the least mean error counts, the lower loss deciding between equal ones. With it each seed
-    trains on all training images and is tested once, after the last step. The rows' n-th trainings have the same seed:
-    the same order of images and the same augmentation.
+    For each row and rate of the grid the tuning seeds train on the training data but a share, on which they are then
+    tested; the rate with the least mean error counts, the lower loss deciding between equal ones, and on text the one
+    with the least mean loss. With it each seed trains on all training data and is tested once, after the last step. The
+    rows' n-th trainings have the same seed: the same order of examples and the same augmentation.
 
     Args:
         comparison: what to compare.
@@ -92,25 +95,26 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
     results = [] if found is None else found["trainings"]
     done = {_key(record) for record in results}
     trainers = _Trainers(data)
+    criterion = criterion_of(comparison.base)
 
-    def add(row: str, stage: str, lr: float, seed: int, config: TrainConfig) -> None:
+    def add(row: str, stage: str, lr: float, seed: int, config: Config) -> None:
         record: Record = {"row": row, "stage": stage, "lr": lr, "seed": seed}
         if _key(record) in done:
             return
         record |= _train(trainers.of(config), lr, seed) | made_now
         results.append(record)
         _write(path, header | {"trainings": results})
-        say(
-            f"{record['row']}, {record['stage']}, rate {record['lr']:g}, seed {record['seed']}: {record['error']:.2f} %"
-        )
+        figure = f"loss {record['loss']}" if criterion == "loss" else f"{record['error']:.2f} %"
+        say(f"{record['row']}, {record['stage']}, rate {record['lr']:g}, seed {record['seed']}: {figure}")
 
     for row in comparison.rows:
         config = row_config(row, comparison.base)
         held_out = dataclasses.replace(config, validation=comparison.held_out)
-        for lr in comparison.lrs if len(comparison.lrs) > 1 else ():
+        rates = row_rates(comparison.lrs, row, comparison.base)
+        for lr in rates if len(rates) > 1 else ():
             for number in range(comparison.tuning_seeds):
                 add(row, "tuning", lr, TUNING_SEED + number, held_out)
-        lr = chosen_rate(comparison.lrs, row, results)
+        lr = chosen_rate(rates, row, results, criterion)
         for seed in range(comparison.seeds):
             add(row, "test", lr, seed, config)
         trainers.forget()
@@ -160,7 +164,7 @@ def _shared(comparison: Record) -> Record:
     defaults. The data go by their content.
     """
     shared = {name: value for name, value in comparison.items() if name not in ("rows", "seeds")}
-    return shared | {"base": dataclasses.replace(TrainConfig.from_dict(shared["base"]), data="")}
+    return shared | {"base": dataclasses.replace(config_from_dict(shared["base"]), data="")}
 
 
 def _write(path: Path, found: Record) -> None:
@@ -174,15 +178,20 @@ def _write(path: Path, found: Record) -> None:
     temporary.replace(path)
 
 
-def chosen_rate(lrs: Sequence[float], row: str, results: Sequence[Record]) -> float:
-    """The rate of the grid with the least mean error on the images held out, then the least loss."""
+def criterion_of(base: Config) -> str:
+    """The figure by which rows are tuned and compared: errors of images, losses on text."""
+    return "loss" if isinstance(base, TextConfig) else "error"
+
+
+def chosen_rate(lrs: Sequence[float], row: str, results: Sequence[Record], criterion: str = "error") -> float:
+    """The rate of the grid with the least mean error on the images held out, then the least loss; or least loss."""
     if len(lrs) == 1:
         return lrs[0]
 
     def score(lr: float) -> tuple[float, float]:
         tried = [r for r in results if (r["row"], r["stage"], r["lr"]) == (row, "tuning", lr)]
         losses = (math.inf if r["loss"] is None else r["loss"] for r in tried)
-        return float(np.mean([r["error"] for r in tried])), sum(losses)
+        return float(np.mean([r["error"] for r in tried])) if criterion == "error" else 0.0, sum(losses)
 
     return min(lrs, key=score)
 
@@ -190,15 +199,21 @@ def chosen_rate(lrs: Sequence[float], row: str, results: Sequence[Record]) -> fl
 class _Trainers:
     """The compiled trainers of one row at a time: they hold the data on the device."""
 
-    def __init__(self, data: ImageSet):
+    def __init__(self, data: Any):
         self._data = data
-        self._trainers: dict[TrainConfig, Trainer] = {}
+        self._trainers: dict[Config, Trainer] = {}
 
-    def of(self, config: TrainConfig) -> Trainer:
+    def of(self, config: Any) -> Trainer:
         if config not in self._trainers:
-            data = check(hold_out(self._data, config.validation)) if config.validation else self._data
-            self._trainers[config] = Trainer(config, data)
+            self._trainers[config] = Trainer(config, self._held_out(config.validation))
         return self._trainers[config]
+
+    def _held_out(self, share: float) -> Any:
+        if not share:
+            return self._data
+        if isinstance(self._data, TextSet):
+            return hold_out_text(self._data, share)
+        return check(hold_out(self._data, share))
 
     def forget(self) -> None:
         self._trainers.clear()
@@ -233,6 +248,9 @@ def _train(trainer: Trainer, lr: float, seed: int) -> Record:
         "train_error": [record["train"]["error"] for record in records],
         "seconds": sum(record["seconds"]["train"] for record in records),
     }
+    if isinstance(trainer.config, TextConfig):
+        # The first stretch has the compilation in it.
+        found["step_seconds"] = float(np.median([record["seconds"]["step"] for record in records]))
     if plan is not None:
         found |= {
             "violation": max(record["violation"] for record in records),

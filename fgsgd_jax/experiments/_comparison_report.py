@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ._compare import chosen_rate
+from ._compare import chosen_rate, criterion_of
+from ._config import Config
 from ._paired import CONFIDENCE, RESAMPLES, paired_difference
 from ._picture import COLOURS
+from ._rows import row_rates
+from ._tasks import config_from_dict
+from ._text import TextConfig
 
 # The rows that all others are compared with, where they are there.
 REFERENCES = ("euc", "st", "pio3")
+TEXT_REFERENCES = ("adamw", "muon", "spel")
 
 
 def report(found: Mapping[str, Any], command: str, picture: str) -> str:
@@ -27,64 +33,69 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
         picture: the picture's path beside the report.
     """
     comparison, trainings = found["comparison"], _asked(found)
-    base, rows = comparison["base"], [row for row in comparison["rows"] if _tests(trainings, row)]
-    data = Path(base["data"]).name
-    limit = "all" if base["limit_train"] is None else base["limit_train"]
-    tuned = (
-        f"Rates: {_listed(comparison['lrs'])}, chosen for every row by the mean error of {comparison['tuning_seeds']} "
-        f"trainings on {comparison['held_out']:.0%} of the training images, held out. The test images were read once "
-        "by every training, after its last step."
-        if len(comparison["lrs"]) > 1
-        else f"Rate: {comparison['lrs'][0]:g} for every row, not tuned."
-    )
+    rows = [row for row in comparison["rows"] if _tests(trainings, row)]
+    base = config_from_dict(comparison["base"])
+    text, criterion = isinstance(base, TextConfig), criterion_of(base)
     lines = [
-        f"# {base['model']} on {data}: {len(rows)} rows, {comparison['seeds']} seeds",
+        f"# {base.names[1]} on {base.names[0]}: {len(rows)} rows, {comparison['seeds']} seeds",
         "",
         f"```\n{command}\n```",
         "",
-        f"Training images: {limit}; {base['epochs']} epochs in batches of {base['batch_size']}; schedule "
-        f"{base['schedule']}; momentum {base['momentum']:g}; weight decay of Euclidean weights "
-        f"{base['weight_decay']:g}; augmentation {base['augment']}; γ {base['gamma']}; λ {base['lambda_']}. {tuned}",
+        _text_setting(base, comparison) if isinstance(base, TextConfig) else _image_setting(comparison),
         "",
         *_content(found),
-        "Errors in percent, mean ± standard deviation over the seeds. Differences are paired by seed, in points, with "
-        f"the {CONFIDENCE:.0%} bootstrap interval ({RESAMPLES} resamples) and the p-value of the sign-flip test; they "
-        "are not corrected for the number of rows.",
+        ("Losses in nats a byte, errors in percent of the likeliest next byte, " if text else "Errors in percent, ")
+        + "mean ± standard deviation over the seeds. Differences are paired by seed, in "
+        f"{'nats' if text else 'points'}, with the {CONFIDENCE:.0%} bootstrap interval ({RESAMPLES} resamples) and the "
+        "p-value of the sign-flip test; they are not corrected for the number of rows.",
         "",
         *_table(
-            ["row", "rate", "test error", "test loss", "training error", "training loss", "ζ > 1, %", "largest ‖v‖/s"],
-            (_summary(trainings, comparison, row) for row in rows),
+            _HEADINGS[criterion],
+            (_summary(trainings, comparison, base, row) for row in rows),
         ),
         "",
     ]
     # A baseline of other options may be the one to beat.
-    for reference in [row for row in rows if row in REFERENCES or row.startswith("euc~")]:
+    references = TEXT_REFERENCES if text else REFERENCES
+    for reference in [row for row in rows if row in references or row.startswith("euc~")]:
         others = [row for row in rows if row != reference]
         if others:
             lines += [
-                f"## Test error less that of `{reference}`",
+                f"## Test {criterion} less that of `{reference}`",
                 "",
                 *_table(
-                    ["row", "difference", "interval", "p"], (_against(trainings, row, reference) for row in others)
+                    ["row", "difference", "interval", "p"],
+                    (_against(trainings, row, reference, criterion) for row in others),
                 ),
                 "",
             ]
     changed = [(row, row.split("~")[0]) for row in rows if row.split("~")[0] in rows and "~" in row]
     if changed:
         lines += [
-            "## What one option changes: test error less that of the row without it",
+            f"## What one option changes: test {criterion} less that of the row without it",
             "",
-            *_table(["row", "difference", "interval", "p"], (_against(trainings, *pair) for pair in changed)),
+            *_table(
+                ["row", "difference", "interval", "p"], (_against(trainings, *pair, criterion) for pair in changed)
+            ),
             "",
         ]
     grid = [row for row in rows if len(comparison["lrs"]) > 1]
     if grid:
         lines += [
-            "## The search: mean error on the images held out",
+            f"## The search: mean {criterion} on the {'text' if text else 'images'} held out",
             "",
             *_table(
-                ["row", *(f"{lr:g}" for lr in comparison["lrs"])],
-                ([row, *(_mean(_tuned(trainings, row, lr)) for lr in comparison["lrs"])] for row in grid),
+                ["row", *(f"{'× ' * text}{lr:g}" for lr in comparison["lrs"])],
+                (
+                    [
+                        row,
+                        *(
+                            _mean(_tuned(trainings, row, lr, criterion), _DIGITS[criterion])
+                            for lr in row_rates(comparison["lrs"], row, base)
+                        ),
+                    ]
+                    for row in grid
+                ),
             ),
             "",
         ]
@@ -92,7 +103,8 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
     if worst:
         lines += [f"Largest violation of all trainings: {max(worst):.1e}.", ""]
     lines += [
-        f"![Training error over the epochs, and the test errors]({picture})",
+        f"![Training {criterion} over the {'steps' if text else 'epochs'}, and the test "
+        f"{'losses' if text else 'errors'}]({picture})",
         "",
         _versions(found["versions"]) + ".",
         "",
@@ -101,10 +113,79 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
     return "\n".join(lines)
 
 
+def _scale_of_errors(axes: Axes) -> None:
+    """Logarithmic, and linear below 1 %."""
+    axes.set_yscale("symlog", linthresh=1)
+    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    axes.set_yticks(ticks)
+    # Down to what the rows reach. A training that diverged has no numbers.
+    lowest = min(
+        (error for line in axes.lines for error in np.asarray(line.get_ydata(), float) if error >= 0), default=0
+    )
+    axes.set_ylim(max(tick for tick in ticks[:-1] if tick <= lowest), 100)
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+_HEADINGS = {
+    "error": [
+        *("row", "rate", "test error", "test loss", "training error", "training loss"),
+        *("ζ > 1, %", "largest ‖v‖/s"),
+    ],
+    "loss": [
+        *("row", "rate", "test loss", "test error", "training loss", "training error"),
+        *("ms a step", "largest ‖v‖/s"),
+    ],
+}
+_DIGITS = {"error": 2, "loss": 4}
+
+
+def _image_setting(comparison: Mapping[str, Any]) -> str:
+    base = comparison["base"]
+    limit = "all" if base["limit_train"] is None else base["limit_train"]
+    tuned = (
+        f"Rates: {_listed(comparison['lrs'])}, chosen for every row by the mean error of {comparison['tuning_seeds']} "
+        f"trainings on {comparison['held_out']:.0%} of the training images, held out. The test images were read once "
+        "by every training, after its last step."
+        if len(comparison["lrs"]) > 1
+        else f"Rate: {comparison['lrs'][0]:g} for every row, not tuned."
+    )
+    return (
+        f"Training images: {limit}; {base['epochs']} epochs in batches of {base['batch_size']}; schedule "
+        f"{base['schedule']}; momentum {base['momentum']:g}; weight decay of Euclidean weights "
+        f"{base['weight_decay']:g}; augmentation {base['augment']}; γ {base['gamma']}; λ {base['lambda_']}. {tuned}"
+    )
+
+
+def _text_setting(base: TextConfig, comparison: Mapping[str, Any]) -> str:
+    trainings = comparison["tuning_seeds"]
+    tuned = (
+        f"Rates: {_listed(comparison['lrs'])} times each optimizer's own, chosen for every row by the mean loss of "
+        f"{trainings} training{'s' * (trainings > 1)} on the last {comparison['held_out']:.0%} of every training file, "
+        "held out. The test text was read once by every training, after its last step."
+        if len(comparison["lrs"]) > 1
+        else f"Rate: {comparison['lrs'][0]:g} times each optimizer's own, not tuned."
+    )
+    return (
+        f"A GPT of {base.layers} blocks, {base.width} channels and {base.heads} heads; {base.steps} steps of "
+        f"{base.batch_size} passages of {base.context} bytes; {base.warmup} steps of warm-up, schedule "
+        f"{base.schedule}; momentum {base.momentum:g}; weight decay of free matrices {base.weight_decay:g}; AdamW at "
+        f"{base.free_lr:g} for what optimizers of matrices leave out. {tuned}"
+    )
+
+
 def _content(found: Mapping[str, Any]) -> list[str]:
     """What the data were, by their checksums; nothing of results that are older than these."""
     if "data" not in found:
         return []
+    if "classes" not in found["data"]:
+        sizes = (
+            f"{found['data'][split]['shape'][0]:,} bytes to {words} (checksum {found['data'][split]['crc32']:08x})"
+            for split, words in (("train", "train on"), ("test", "test on"))
+        )
+        return [
+            f"Data: {', '.join(sizes)}, in whole files. All rows are tested on the same passages of the latter.",
+            "",
+        ]
     parts = (
         f"{found['data'][split]['shape'][0]} {words} images (checksum {found['data'][split]['crc32']:08x})"
         for split, words in (("train", "training"), ("test", "test"))
@@ -128,8 +209,10 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """The rows' training error over the epochs, and the test error of each seed."""
+    """The rows' training error (or loss, on text) over the epochs (steps), and that of each seed's test."""
     comparison, trainings = found["comparison"], _asked(found)
+    base = config_from_dict(comparison.get("base", {}))
+    text, criterion = isinstance(base, TextConfig), criterion_of(base)
     rows = [row for row in comparison["rows"] if _tests(trainings, row)]
     # A line of the legend, and one of the test errors, for every row.
     figure = Figure(figsize=(13, max(4.5, 1 + 0.25 * len(rows))), layout="constrained")
@@ -137,23 +220,22 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     epochs, tests = figure.subplots(1, 2)
     for number, row in enumerate(rows):
         colour, style = COLOURS[number % len(COLOURS)], ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
-        errors = np.array([_numbers(t["train_error"]) for t in _tests(trainings, row)])
-        axis = range(1, errors.shape[1] + 1)
+        errors = np.array([_numbers(t[f"train_{criterion}"]) for t in _tests(trainings, row)])
+        axis = np.arange(1, errors.shape[1] + 1)
+        if isinstance(base, TextConfig):
+            # A stretch's loss is that of its middle.
+            axis = np.minimum(axis * base.report_every, base.steps) - base.report_every / 2
         epochs.plot(axis, np.mean(errors, axis=0), style, color=colour, label=row)
-        tested = np.array(_numbers(t["error"] for t in _tests(trainings, row)))
+        tested = np.array(_numbers(t[criterion] for t in _tests(trainings, row)))
         tests.plot(tested, np.full(len(tested), number), "o", color=colour, alpha=0.4)
         tests.plot([tested.mean()] * 2, [number - 0.4, number + 0.4], color=colour, linewidth=3)
-    epochs.set(xlabel="epoch", ylabel="%", title="Training error, mean over the seeds")
-    epochs.set_yscale("symlog", linthresh=1)
-    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
-    epochs.set_yticks(ticks)
-    # Down to what the rows reach. A training that diverged has no numbers.
-    lowest = min((error for line in epochs.lines for error in line.get_ydata() if error >= 0), default=0)
-    epochs.set_ylim(max(tick for tick in ticks[:-1] if tick <= lowest), 100)
-    epochs.yaxis.set_major_formatter("{x:g}")
+    unit = "nats a byte" if text else "%"
+    epochs.set(xlabel="step" if text else "epoch", ylabel=unit, title=f"Training {criterion}, mean over the seeds")
+    if not text:
+        _scale_of_errors(epochs)
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right center", fontsize="small")
-    tests.set(xlabel="%", title="Test error: every seed, and the mean")
+    tests.set(xlabel=unit, title=f"Test {criterion}: every seed, and the mean")
     tests.set_yticks(range(len(rows)), rows)
     tests.invert_yaxis()
     for axes in (epochs, tests):
@@ -161,17 +243,24 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _summary(trainings: list[Any], comparison: Mapping[str, Any], row: str) -> list[str]:
-    runs = _tests(trainings, row)
-    last = {name: [run[name][-1] for run in runs] for name in ("train_error", "train_loss")}
+def _summary(trainings: list[Any], comparison: Mapping[str, Any], base: Config, row: str) -> list[str]:
+    runs, criterion = _tests(trainings, row), criterion_of(base)
+    last = {name: [run[f"train_{name}"][-1] for run in runs] for name in ("error", "loss")}
+    figures = {
+        name: (_spread([run[name] for run in runs], digits), _spread(last[name], digits))
+        for name, digits in _DIGITS.items()
+    }
+    first, second = ("loss", "error") if criterion == "loss" else ("error", "loss")
     return [
         row,
-        f"{chosen_rate(comparison['lrs'], row, trainings):g}",
-        _spread([run["error"] for run in runs], 2),
-        _spread([run["loss"] for run in runs], 4),
-        _spread(last["train_error"], 2),
-        _spread(last["train_loss"], 4),
-        _of_constrained(runs, "zeta_share", lambda shares: f"{100 * np.mean(shares):.1f}"),
+        f"{chosen_rate(row_rates(comparison['lrs'], row, base), row, trainings, criterion):g}",
+        figures[first][0],
+        figures[second][0],
+        figures[first][1],
+        figures[second][1],
+        f"{1000 * np.median([run['step_seconds'] for run in runs]):.0f}"
+        if criterion == "loss"
+        else _of_constrained(runs, "zeta_share", lambda shares: f"{100 * np.mean(shares):.1f}"),
         _of_constrained(runs, "step_ratio", lambda ratios: f"{max(ratios):.2g}"),
     ]
 
@@ -180,14 +269,14 @@ def _of_constrained(runs: list[Any], name: str, shown: Callable[[list[float]], s
     return "—" if runs[0].get(name) is None else shown([run[name] for run in runs])
 
 
-def _against(trainings: list[Any], row: str, reference: str) -> list[str]:
-    mine, others = ({t["seed"]: t["error"] for t in _tests(trainings, name)} for name in (row, reference))
+def _against(trainings: list[Any], row: str, reference: str, criterion: str) -> list[str]:
+    mine, others = ({t["seed"]: t[criterion] for t in _tests(trainings, name)} for name in (row, reference))
     seeds = sorted(mine.keys() & others.keys())
-    x, y = (np.array([errors[seed] for seed in seeds]) for errors in (mine, others))
-    found = paired_difference(x, y)
-    interval = "—" if math.isnan(found.lower) else f"{found.lower:+.2f} to {found.upper:+.2f}"
+    x, y = (np.array(_numbers(figures[seed] for seed in seeds)) for figures in (mine, others))
+    found, digits = paired_difference(x, y), _DIGITS[criterion]
+    interval = "—" if math.isnan(found.lower) else f"{found.lower:+.{digits}f} to {found.upper:+.{digits}f}"
     p = "—" if math.isnan(found.p) else "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
-    return [row, f"{found.mean:+.2f}", interval, p]
+    return [row, f"{found.mean:+.{digits}f}", interval, p]
 
 
 def _asked(found: Mapping[str, Any]) -> list[Any]:
@@ -200,16 +289,16 @@ def _tests(trainings: list[Any], row: str) -> list[Any]:
     return [t for t in trainings if (t["row"], t["stage"]) == (row, "test")]
 
 
-def _tuned(trainings: list[Any], row: str, lr: float) -> list[float]:
-    return _numbers(t["error"] for t in trainings if (t["row"], t["stage"], t["lr"]) == (row, "tuning", lr))
+def _tuned(trainings: list[Any], row: str, lr: float, criterion: str) -> list[float]:
+    return _numbers(t[criterion] for t in trainings if (t["row"], t["stage"], t["lr"]) == (row, "tuning", lr))
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def _mean(values: list[float]) -> str:
-    return f"{np.mean(values):.2f}" if values else "—"
+def _mean(values: list[float], digits: int) -> str:
+    return f"{np.mean(values):.{digits}f}" if values else "—"
 
 
 def _spread(values: Iterable[float | None], digits: int) -> str:

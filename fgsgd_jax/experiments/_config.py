@@ -1,5 +1,6 @@
 import dataclasses
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -9,12 +10,101 @@ from ._schedules import ScheduleName
 from ._schemes import Pooling, Retraction, full_name
 
 Gamma = Literal["glorot", "literal"] | float
+Task = Literal["images", "text"]
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class Config:
+    """Options of a training, of whatever task: what goes to JSON and back, and what two of them differ in."""
+
+    LENGTH: ClassVar[str]
+    """The field that says how long the training is."""
+
+    def check(self) -> Self:
+        """The same with every default and short name spelled out. Refuses values outside their range."""
+        raise NotImplementedError
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What tells this training from others: data, model, scheme."""
+        raise NotImplementedError
+
+    @property
+    def length(self) -> int:
+        return getattr(self, self.LENGTH)
+
+    def of_length(self, length: int) -> Self:
+        return dataclasses.replace(self, **{self.LENGTH: length})
+
+    def named(self, field: str) -> Any:
+        """An option by the one name of its value, where that has several."""
+        return getattr(self, field)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; options that the file does not know yet take their defaults."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if strange := sorted(set(values) - known):
+            raise UsageError(f"this run was made by another version of fgsgd: it has the option {option(strange[0])}")
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if not fits(value, hints[name]):
+                raise UsageError(f"the options of this run are damaged: {option(name)} is {value!r}")
+        return cls(**{name: _floating(value, hints[name]) for name, value in values.items()})
+
+    def difference(self, other: "Config") -> str | None:
+        """The first option in which two configs differ, in words."""
+        if type(self) is not type(other):
+            return f"--task is {getattr(self, 'task', None)}, was {getattr(other, 'task', None)}"
+        for field in dataclasses.fields(self):
+            mine, others = self.named(field.name), other.named(field.name)
+            if mine != others:
+                return f"{option(field.name)} is {mine}, was {others}"
+        return None
+
+    def _whole(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{option(name)} {value}: give a whole number of 1 or more")
+
+    def _above_zero(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{option(name)} {value}: give a number above 0")
+
+    def _not_negative(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{option(name)} {getattr(self, name)}: give a number of 0 or more")
+
+    def _below_one(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{option(name)} {getattr(self, name)}: give a number from 0 up to, but not, 1")
+
+    def _seed(self, name: str = "seed") -> None:
+        if not 0 <= getattr(self, name) < 2**32:
+            raise UsageError(f"{option(name)} {getattr(self, name)}: give a whole number from 0 to 2³²−1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Config):
     """Everything that a training's result depends on. Two runs of one config give the same weights."""
 
+    LENGTH: ClassVar[str] = "epochs"
+
+    task: Task = "images"
+    """`images`, with the options below; or `text`, which has others: `--task text --help`."""
     data: str = "digits"
     """`digits` (built in); a folder of Parquet files with an image and a label column; a folder with one folder of
     images per class, in train/ and test/ or not; a .npz file of arrays x_train, y_train (, x_test, y_test); or a name
@@ -78,50 +168,26 @@ class TrainConfig:
 
     def check(self) -> "TrainConfig":
         """The same with the scheme by its full name. Refuses values outside their range, naming the option."""
-        for name in ("epochs", "batch_size", "limit_train", "limit_test", "image_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{option(name)} {value}: give a whole number of 1 or more")
-        for name in ("lr", "rho", "lambda_floor", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"{option(name)} {getattr(self, name)}: give a number above 0")
-        for name in ("weight_decay", "curvature"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{option(name)} {getattr(self, name)}: give a number of 0 or more")
-        for name in ("momentum", "validation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{option(name)} {getattr(self, name)}: give a number from 0 up to, but not, 1")
+        self._whole("epochs", "batch_size", "limit_train", "limit_test", "image_size")
+        self._above_zero("lr", "rho", "lambda_floor", "clip")
+        self._not_negative("weight_decay", "curvature")
+        self._below_one("momentum", "validation")
         if not isinstance(self.gamma, str) and not 0 < self.gamma < float("inf"):
             raise UsageError(f"--gamma {self.gamma}: give `glorot`, `literal` or a number above 0")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"--seed {self.seed}: give a whole number from 0 to 2³²−1")
+        self._seed()
         return dataclasses.replace(self, scheme=full_name(self.scheme))
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    @property
+    def rate(self) -> float:
+        return self.lr
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The inverse of `to_dict`; options that the file does not know yet take their defaults."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if strange := sorted(set(values) - known):
-            raise UsageError(f"this run was made by another version of fgsgd: it has the option {option(strange[0])}")
-        hints = get_type_hints(cls)
-        for name, value in values.items():
-            if not fits(value, hints[name]):
-                raise UsageError(f"the options of this run are damaged: {option(name)} is {value!r}")
-        return cls(**{name: _floating(value, hints[name]) for name, value in values.items()})
+    @property
+    def names(self) -> tuple[str, ...]:
+        return Path(self.data).expanduser().name, self.model, full_name(self.scheme)
 
-    def difference(self, other: "TrainConfig") -> str | None:
-        """The first option in which two configs differ, in words."""
-        for field in dataclasses.fields(self):
-            mine, others = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "scheme":
-                mine, others = full_name(mine), full_name(others)
-            if mine != others:
-                return f"{option(field.name)} is {mine}, was {others}"
-        return None
+    def named(self, field: str) -> Any:
+        value = getattr(self, field)
+        return full_name(value) if field == "scheme" else value
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -51,7 +51,7 @@ def fit(
     mark = trainer.mark(state)
     while step < trainer.total_steps:
         began, first = time.perf_counter(), step
-        end = (step // trainer.steps_per_epoch + 1) * trainer.steps_per_epoch
+        end = min((step // trainer.steps_per_epoch + 1) * trainer.steps_per_epoch, trainer.total_steps)
         order = trainer.order(state)
         while step < end:
             next_checkpoint = (step // every + 1) * every

@@ -13,7 +13,7 @@ import fgsgd_jax as fg
 from fgsgd_jax.bounds import Certificate, Chain, ConvNorms, GeneralizationBounds, LayerNorms, Norms, Sample, Sum
 
 from ._device_data import DeviceSplit, normalize
-from ._models import Model, build
+from ._models import Model
 from ._models._initializers import BN_EPSILON
 from ._state import TrainState
 from ._trainer import Trainer
@@ -76,7 +76,7 @@ class Measurer:
         self._trainer = trainer
         # A copy: the first step gives these buffers away.
         self._reference = jax.tree.map(lambda leaf: np.array(leaf), reference)
-        self._model = build(trainer.config.model, len(trainer.data.classes), trainer.data.channels)
+        self._model = trainer.task.model
         self._geometries = geometries(self._model, trainer.data.train.images.shape[1:])
         self._scores = jax.jit(self._scores_of)
 

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from ._words import WORDS, Words
+
 ERROR_TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 Records = Sequence[Mapping[str, Any]]
@@ -20,18 +22,19 @@ Records = Sequence[Mapping[str, Any]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def draw(runs: Mapping[str, Records], path: Path) -> None:
+def draw(runs: Mapping[str, Records], path: Path, words: Words = WORDS["images"]) -> None:
     """Draw the runs' loss, error, ζ and weights' norms over epochs into one PNG file.
 
     Args:
         runs: the epochs' log lines, by the name to show.
         path: the file.
+        words: of the runs' task.
     """
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss, error, zeta, norms = figure.subplots(2, 2).flat
     for colour, records in zip(_colours(len(runs)), runs.values(), strict=True):
-        epochs = [record["epoch"] for record in records]
+        epochs = [record[words.lap] for record in records]
         for axes, name in ((loss, "loss"), (error, "error")):
             axes.plot(
                 epochs,
@@ -42,11 +45,11 @@ def draw(runs: Mapping[str, Records], path: Path) -> None:
             )
             axes.plot(epochs, _series(records, "test", name), **_style(colour, records))
         _draw_norms(norms, epochs, records, colour)
-    _draw_zeta(zeta, runs)
+    _draw_zeta(zeta, runs, words)
 
     loss.set(title="Loss", ylabel="cross-entropy")
-    error.set(title="Error", ylabel="%")
-    norms.set(title="Norms of the convolution kernels", ylabel="Frobenius: median, range over layers")
+    error.set(title=words.error, ylabel="%")
+    norms.set(title=words.norms, ylabel="Frobenius: median, range over layers")
     # Linear below 1 %, where an error of 0 has its place too.
     error.set_yscale("symlog", linthresh=1)
     least = min((line.get_ydata().min() for line in error.lines if line.get_ydata().size), default=0)
@@ -56,7 +59,7 @@ def draw(runs: Mapping[str, Records], path: Path) -> None:
     error.yaxis.set_major_formatter("{x:g}")
     _logarithmic(loss)
     _logarithmic(norms)
-    last = max((record["epoch"] for records in runs.values() for record in records), default=1)
+    last = max((record[words.lap] for records in runs.values() for record in records), default=1)
     dots = "o" if any(map(_few, runs.values())) else ""
     styles = [
         Line2D([], [], color="black", linestyle=":", marker=dots, markerfacecolor="white"),
@@ -65,7 +68,7 @@ def draw(runs: Mapping[str, Records], path: Path) -> None:
     for axes in (loss, error):
         axes.legend(styles, ["train", "test"], loc="upper right")
     for axes in (loss, error, zeta, norms):
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(words.lap)
         axes.set_xlim(0, last + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -123,7 +126,7 @@ def _draw_norms(axes: Axes, epochs: Sequence[int], records: Records, colour: str
         axes.fill_between(epochs, smallest, largest, color=colour, alpha=0.15, linewidth=0)
 
 
-def _draw_zeta(axes: Axes, runs: Mapping[str, Records]) -> None:
+def _draw_zeta(axes: Axes, runs: Mapping[str, Records], words: Words) -> None:
     constrained = {
         colour: records
         for colour, records in zip(_colours(len(runs)), runs.values(), strict=True)
@@ -134,16 +137,23 @@ def _draw_zeta(axes: Axes, runs: Mapping[str, Records]) -> None:
         axes.text(0.5, 0.5, "no weight is constrained", transform=axes.transAxes, ha="center", color="gray")
         axes.set_yticks([])
         return
-    axes.set(ylabel="groups with ζ > 1, % (solid)")
-    ratio = axes.twinx()
+    # An optimizer without line 6 has no ζ.
+    normalizes = any(not np.isnan(_series(records, "zeta_share")).all() for records in constrained.values())
+    if normalizes:
+        axes.set(ylabel="groups with ζ > 1, % (solid)")
+    else:
+        axes.set(title="Longest step")
+    ratio = axes.twinx() if normalizes else axes
     ratio.set(ylabel="largest ‖v‖/s (dashed)")
     _logarithmic(ratio)
     for colour, records in constrained.items():
-        epochs = [record["epoch"] for record in records]
-        axes.plot(epochs, 100 * _series(records, "zeta_share"), **_style(colour, records))
+        epochs = [record[words.lap] for record in records]
+        if normalizes:
+            axes.plot(epochs, 100 * _series(records, "zeta_share"), **_style(colour, records))
         style: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"} | _style(colour, records)
         ratio.plot(epochs, _series(records, "step_ratio"), **style)
-    axes.set_ylim(bottom=0)
+    if normalizes:
+        axes.set_ylim(bottom=0)
 
 
 def _logarithmic(axes: Axes) -> None:

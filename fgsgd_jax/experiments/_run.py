@@ -23,10 +23,16 @@ from ._picture import draw, draw_scales
 from ._progress import ProgressDisplay
 from ._schedules import CONSTANT
 from ._state import Glance, TrainState
+from ._tasks import AnyConfig, config_from_dict
+from ._text import TextConfig, TextSet, TextTask, continued, load_text
 from ._trainer import Trainer
 from ._versions import versions
+from ._words import words_of
 
-LOG, CHECKPOINTS, PICTURE, SCALES = "metrics.jsonl", "checkpoints", "picture.png", "scales.png"
+LOG, CHECKPOINTS, PICTURE, SCALES, SAMPLE = "metrics.jsonl", "checkpoints", "picture.png", "scales.png", "sample.txt"
+
+# Bytes of the test that a model of text goes on from, and bytes that it writes.
+PROMPT, WRITTEN = 64, 400
 
 
 class Result(NamedTuple):
@@ -35,6 +41,8 @@ class Result(NamedTuple):
     folder: Path
     records: list[Record]
     state: TrainState
+    sample: str | None = None
+    """what a model of text wrote, with its prompt"""
 
     @property
     def picture(self) -> Path:
@@ -42,7 +50,7 @@ class Result(NamedTuple):
 
 
 def run(
-    config: TrainConfig,
+    config: AnyConfig,
     folder: Path,
     *,
     trainer: Trainer | None = None,
@@ -58,8 +66,8 @@ def run(
         config: the training's options.
         folder: where the log, the checkpoints and the picture go.
         trainer: of these options, to train again without compiling again; made where left out.
-        resume: go on from the folder's last checkpoint. `config` may have more epochs than the run had, where its rates
-            do not depend on their number: it then ends as a run of so many epochs.
+        resume: go on from the folder's last checkpoint. `config` may have more epochs, or steps of text, than the run
+            had, where its rates do not depend on their number: it then ends as a run of so many.
         checkpoint_every: steps between checkpoints; an epoch where left out.
         console: where to show progress.
         line_every: print every so manieth epoch.
@@ -107,15 +115,29 @@ def run(
                 soft_wrap=True,
             )
         with ProgressDisplay(console, trainer, line_every) as display:
-            observer = _Keeper(log, records, checkpoints, _about(config, plan), display)
+            observer = _Keeper(log, records, checkpoints, _about(config, plan), display, words_of(config).lap)
             state = fit(trainer, state, observer, checkpoint_every, report)
     finally:
         checkpoints.close()
+    sample = _sampled(trainer, state)
     if processes.is_first():
-        draw({f"{config.model}, {config.scheme}": records}, folder / PICTURE)
-        if config.lambda_ != "off":
+        draw({", ".join(config.names[1:]): records}, folder / PICTURE, words_of(config))
+        if isinstance(config, TrainConfig) and config.lambda_ != "off":
             draw_scales(records, folder / SCALES)
-    return Result(folder, records, state)
+        if sample is not None:
+            (folder / SAMPLE).write_text(sample, encoding="utf-8")
+    return Result(folder, records, state, sample)
+
+
+def _sampled(trainer: Trainer, state: TrainState) -> str | None:
+    """A paragraph by a model of text, behind the beginning of the test."""
+    task = trainer.task
+    if not isinstance(task, TextTask):
+        return None
+    prompt = task.data.test[0][:PROMPT]
+    own = trainer.devices.own(state.params)
+    written = continued(task.model, own, prompt, WRITTEN, task.predictions)
+    return prompt.tobytes().decode(errors="replace") + written
 
 
 def _with_bounds(trainer: Trainer, measurer: Measurer) -> Report:
@@ -125,8 +147,16 @@ def _with_bounds(trainer: Trainer, measurer: Measurer) -> Report:
     return report
 
 
-def load_for(config: TrainConfig) -> ImageSet:
-    """The images that a training's options ask for."""
+def load_for(config: AnyConfig) -> Any:
+    """The images or texts that a training's options ask for."""
+    if isinstance(config, TextConfig):
+        return load_text(
+            config.data,
+            held_out=config.held_out,
+            text_column=config.text_column,
+            limit_train=config.limit_train,
+            validation=config.validation,
+        )
     return load(
         config.data,
         image_column=config.image_column,
@@ -138,8 +168,10 @@ def load_for(config: TrainConfig) -> ImageSet:
     )
 
 
-def about_data(config: TrainConfig, data: ImageSet) -> list[str]:
+def about_data(config: AnyConfig, data: ImageSet | TextSet) -> list[str]:
     """What is trained and tested on, and how the images are changed: what a user would want to know beforehand."""
+    if not isinstance(config, TrainConfig):
+        return data.summary()
     augmentation = resolve(config.augment, config.data)
     words = {"none": "none", "crop": "random crops", "crop-flip": "random crops, mirrored half of the time"}[
         augmentation
@@ -161,7 +193,7 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def stored_config(folder: Path) -> TrainConfig:
+def stored_config(folder: Path) -> AnyConfig:
     """The options of the run in this folder."""
     path = folder / LOG
     if not path.is_file():
@@ -169,24 +201,31 @@ def stored_config(folder: Path) -> TrainConfig:
     header, _ = MetricsLog(path).read()
     if not isinstance(header.get("config"), dict):
         raise UsageError(f"{path} does not begin with the options of a run")
-    return TrainConfig.from_dict(header["config"])
+    return config_from_dict(header["config"])
 
 
-def refuse_other_options(folder: Path, config: TrainConfig) -> None:
-    """A run goes on with the options that it began with, or for more epochs where they change none of its steps."""
+def refuse_other_options(folder: Path, config: AnyConfig) -> None:
+    """A run goes on with the options that it began with, or for longer where that changes none of its steps."""
     before = stored_config(folder)
-    if difference := dataclasses.replace(config, epochs=before.epochs).difference(before):
+    if difference := config.of_length(before.length).difference(before):
         raise UsageError(f"the run in {folder} had other options: {difference}; give another --run-dir for a new run")
-    if config.epochs < before.epochs:
+    unit = config.LENGTH
+    if config.length < before.length:
         raise UsageError(
-            f"--epochs {config.epochs}: the run in {folder} is one of {before.epochs} epochs; a run can be extended, "
-            "not shortened: leave the option out, or give another --run-dir for a new run"
+            f"--{unit} {config.length}: the run in {folder} is one of {before.length} {unit}; a run can be "
+            "extended, not shortened: leave the option out, or give another --run-dir for a new run"
         )
-    if config.epochs > before.epochs and before.schedule != CONSTANT:
+    schedule = getattr(before, "schedule", None)
+    if config.length > before.length and schedule != CONSTANT:
         raise UsageError(
-            f"--epochs {config.epochs}: the run in {folder} has --schedule {before.schedule}, drawn over "
-            f"{before.epochs} epochs, so a longer run has other rates from its first step; start it in another "
+            f"--{unit} {config.length}: the run in {folder} has --schedule {schedule}, drawn over "
+            f"{before.length} {unit}, so a longer run has other rates from its first step; start it in another "
             f"--run-dir, and with --schedule {CONSTANT} if you may want to extend it"
+        )
+    if config.length > before.length and isinstance(before, TextConfig) and before.steps % before.report_every:
+        raise UsageError(
+            f"--steps {config.length}: the last line of the run in {folder} is of fewer steps than --report-every "
+            f"{before.report_every}, and would be of more; start a longer run in another --run-dir"
         )
 
 
@@ -200,7 +239,9 @@ class _Keeper:
         checkpoints: Checkpoints,
         about: dict[str, Any],
         display: ProgressDisplay,
+        lap: str,
     ):
+        self._lap = lap
         self._log, self._records, self._checkpoints = log, records, checkpoints
         self._about, self._display = about, display
 
@@ -213,14 +254,15 @@ class _Keeper:
         self._display.epoch(record)
         if not math.isfinite(record["train"]["loss"]):
             raise UsageError(
-                f"the loss is no longer a number in epoch {record['epoch']}: the training diverged; use a smaller --lr"
+                f"the loss is no longer a number in {self._lap} {record[self._lap]}: the training diverged; use a "
+                "smaller --lr"
             )
 
     def checkpoint(self, step: int, state: TrainState) -> None:
         self._checkpoints.save(step, state, self._about)
 
 
-def _take_up(log: MetricsLog, config: TrainConfig, data: ImageSet) -> None:
+def _take_up(log: MetricsLog, config: AnyConfig, data: ImageSet | TextSet) -> None:
     """Refuse other data, and write down how long the run is now to be."""
     header, records = log.read()
     if difference := data_difference(data.fingerprint(), header.get("data") or {}):
@@ -228,16 +270,16 @@ def _take_up(log: MetricsLog, config: TrainConfig, data: ImageSet) -> None:
             f"data {data.name!r} is not what it was when the run in {log.path.parent} began ({difference}); give that "
             "data, or another --run-dir"
         )
-    if header["config"].get("epochs") != config.epochs:
+    if header["config"].get(config.LENGTH) != config.length:
         log.rewrite(header | {"config": config.to_dict()}, records)
 
 
 def _records_until(step: int, log: MetricsLog, trainer: Trainer) -> list[Record]:
     records = log.truncate(step)
     # Every line is on the disk before the checkpoint that follows it.
-    if len(records) != step // trainer.steps_per_epoch:
+    if len(records) != trainer.epochs_at(step):
         raise UsageError(
-            f"{log.path} has {len(records)} epochs and the checkpoint {step // trainer.steps_per_epoch}: lines are "
+            f"{log.path} has {len(records)} epochs and the checkpoint {trainer.epochs_at(step)}: lines are "
             "missing or damaged; put them back, or give another --run-dir"
         )
     return records
@@ -252,19 +294,19 @@ def _create(log: MetricsLog, header: Record) -> None:
         raise UsageError(f"run directory {folder} cannot be written: {error.strerror or error}") from error
 
 
-def _about(config: TrainConfig, plan: fg.Plan | None) -> dict[str, Any]:
+def _about(config: AnyConfig, plan: fg.Plan | None) -> dict[str, Any]:
     return {"config": config.to_dict(), "plan": None if plan is None else plan.to_json()}
 
 
-def _restored(checkpoints: Checkpoints, config: TrainConfig, plan: fg.Plan | None, start: TrainState) -> TrainState:
+def _restored(checkpoints: Checkpoints, config: AnyConfig, plan: fg.Plan | None, start: TrainState) -> TrainState:
     """The newest saved state; the first one where the run did not come to its first checkpoint."""
     step = checkpoints.latest()
     if step is None:
         return start
     about = checkpoints.about(step)
-    saved = TrainConfig.from_dict(about["config"])
-    # Those of a run that was made longer since have fewer epochs.
-    if difference := config.difference(dataclasses.replace(saved, epochs=config.epochs)):
+    saved = config_from_dict(about["config"])
+    # Those of a run that was made longer since are shorter.
+    if difference := config.difference(saved.of_length(config.length)):
         raise UsageError(f"checkpoint {step} belongs to a run of other options: {difference}")
     if difference := _plan_difference(plan, about["plan"]):
         raise UsageError(f"checkpoint {step} belongs to another plan: {difference}; it cannot be resumed with this one")

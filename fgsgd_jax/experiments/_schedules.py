@@ -36,3 +36,10 @@ def schedule(name: ScheduleName, lr: float, steps: int) -> optax.Schedule:
             return fg.robbins_monro(lr, EQ4_POWER, period=steps / EQ4_PERIODS)
         case "constant":
             return optax.constant_schedule(lr)
+
+
+def warmed_up(rate: optax.Schedule, steps: int) -> optax.Schedule:
+    """A schedule that rises from zero to itself over the first so many steps."""
+    if not steps:
+        return rate
+    return lambda count: jnp.minimum((jnp.asarray(count, jnp.float32) + 1) / steps, 1) * rate(count)

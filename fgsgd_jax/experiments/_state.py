@@ -17,7 +17,8 @@ class Zeta(NamedTuple):
 class Totals(NamedTuple):
     """Sums over the epoch so far; in the state, so that a resumed epoch reports what an undisturbed one does."""
 
-    images: Int32[Array, ""]
+    predictions: Int32[Array, ""]
+    """images, or bytes of text"""
     wrong: Int32[Array, ""]
     loss: Float[Array, ""]
     zeta: dict[str, Zeta]

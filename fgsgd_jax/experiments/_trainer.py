@@ -11,25 +11,16 @@ from jaxtyping import Array, Bool, Float, Int32
 
 import fgsgd_jax as fg
 
-from ._augment import Augmentation, augment, resolve
-from ._config import TrainConfig
-from ._data import ImageSet, balanced_order
-from ._device_data import DeviceSplit, normalize, to_devices
 from ._devices import Devices
 from ._errors import UsageError
-from ._models import build
 from ._models._initializers import BN_MOMENTUM
 from ._models._model import Stats
-from ._optimizer import make_optimizer, make_plan
-from ._schedules import schedule
 from ._state import Figures, Glance, Totals, TrainState, Zeta
+from ._task import make_task
+from ._tasks import AnyConfig
 
 # What the run's seed is folded with, so that each draws from a stream of its own.
 WEIGHTS, MANIFOLDS, ORDER, AUGMENTATION = range(4)
-
-# Batches of training images, at most, that batch normalization's statistics are measured on before an evaluation. On
-# digits two and seven gave errors that differ by a tenth of a point or two.
-STATISTICS_BATCHES = 8
 
 # Steps that one call runs on an accelerator: enough to hide the call, few enough for a lively progress bar.
 STEPS_PER_CALL = 25
@@ -41,22 +32,18 @@ class Trainer:
     States of different seeds, whose plans differ, run through the same compiled program.
     """
 
-    def __init__(self, config: TrainConfig, data: ImageSet):
+    def __init__(self, config: AnyConfig, data: Any):
         """Build the network and the optimizer; each function is compiled when it is first called.
 
         Args:
-            config: the training's options.
-            data: what `load` gave for them.
+            config: the training's options, of images or text.
+            data: what `load_for` gave for them.
 
         Raises:
             UsageError: the options do not fit the data or the network.
         """
-        if len(data.train) < config.batch_size:
-            raise UsageError(
-                f"--batch-size {config.batch_size} is more than the {len(data.train)} training images of "
-                f"{data.name!r}; use --batch-size {len(data.train)} or less"
-            )
         self.devices = Devices()
+        self.task = make_task(config, data, self.devices)
         if config.batch_size % len(self.devices):
             raise UsageError(
                 f"--batch-size {config.batch_size} cannot be shared out over {len(self.devices)} devices; use a "
@@ -64,20 +51,15 @@ class Trainer:
             )
         self.config = config
         self.data = data
-        # The last, smaller batch of an epoch is left out: the next epoch's order has its images elsewhere.
-        self.steps_per_epoch = len(data.train) // config.batch_size
-        self.total_steps = self.steps_per_epoch * config.epochs
-        self.train_data, self.test_data = to_devices(data, self.devices)
+        self.steps_per_epoch, self.total_steps = self.task.steps_per_epoch, self.task.total_steps
+        self.train_data, self.test_data = self.task.train_data, self.task.test_data
 
-        self._model = build(config.model, len(data.classes), data.channels)
+        self._model = self.task.model
         self._shapes, _ = jax.eval_shape(self._model.init, jax.random.key(0))
-        self._trace = self._model.trace(data.train.images.shape[1:3])
-        self._augmentation: Augmentation = resolve(config.augment, config.data)
-        # Every schedule is proportional to the rate that it starts from.
-        self._unit_rate = schedule(config.schedule, 1.0, self.total_steps)
+        self._unit_rate = self.task.unit_rate
         self._plans: dict[int, fg.Plan | None] = {}
         plan = self.plan_of(config.seed)
-        self._observes = plan is not None and config.lambda_ != "off"
+        self._observes = plan is not None and self.task.observes
         # The number of each parameter's groups, which is the same for every seed.
         collections = {} if plan is None else plan.collections
         self._groups = {path: np.unique(collection.group).size for path, collection in collections.items()}
@@ -94,11 +76,8 @@ class Trainer:
         self._norms = jax.jit(_norms)
         self._batch_statistics = jax.jit(self._statistics_of)
         self._mean = jax.jit(_mean)
-        count = min(STATISTICS_BATCHES, -(-len(data.train) // config.batch_size))
-        # The last one is filled up from the beginning.
-        rows = np.resize(balanced_order(data.train.labels, seed=0), (count, config.batch_size))
         self._measured_on = self.devices.whole(
-            [(jnp.int32(n), jnp.asarray(each, jnp.int32)) for n, each in enumerate(rows)]
+            [(jnp.int32(n), jnp.asarray(each)) for n, each in enumerate(self.task.statistics_rows)]
         )
         # Copies, since the step that follows gives the buffers away.
         self._copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -107,16 +86,16 @@ class Trainer:
     def plan_of(self, seed: int) -> fg.Plan | None:
         """The plan of this seed; `None` for the baseline."""
         if seed not in self._plans:
-            self._plans[seed] = make_plan(self.config, self._shapes, seed, self._trace)
+            self._plans[seed] = self.task.plan(self._shapes, seed)
         return self._plans[seed]
 
     def start(self, seed: int, lr: float | None = None) -> TrainState:
         """The state before the first step; the learning rate is that of the options where left out."""
-        rate = jnp.float32(self.config.lr if lr is None else lr)
+        rate = jnp.float32(self.config.rate if lr is None else lr)
         key, plan = jax.random.key(seed), self.plan_of(seed)
         params, stats = self._init(jax.random.fold_in(key, WEIGHTS))
         if plan is not None:
-            params = fg.initialize(jax.random.fold_in(key, MANIFOLDS), params, plan)
+            params = self.task.begin(jax.random.fold_in(key, MANIFOLDS), params, plan)
         opt_state = self._optimizer(rate, plan).init(params)
         zeta = {path: Zeta(jnp.float32(0), jnp.float32(0), jnp.float32(0)) for path in self._groups}
         totals = Totals(jnp.int32(0), jnp.int32(0), jnp.float32(0), zeta)
@@ -125,8 +104,12 @@ class Trainer:
         # since restored states are: to JAX, an array that is not would be reason to compile again.
         return self.devices.whole(self._copied(state))
 
+    def epochs_at(self, step: int) -> int:
+        """How many epochs have ended by this step. The last may be shorter."""
+        return step // self.steps_per_epoch + (step == self.total_steps and step % self.steps_per_epoch > 0)
+
     def order(self, state: TrainState) -> Int32[Array, " n"]:
-        """The order of the training images in the epoch that the state is in."""
+        """The training examples of the epoch that the state is in, one batch after the other."""
         return self._order(state.seed, state.step)
 
     def advance(self, state: TrainState, order: Int32[Array, " n"], count: int) -> TrainState:
@@ -153,11 +136,11 @@ class Trainer:
     def figures(self, glance: Glance) -> Figures:
         """The epoch so far in a few numbers; waits until they are there."""
         glance = jax.device_get(glance)
-        images = glance.totals.images
-        loss, error = float(glance.totals.loss / images), float(100 * glance.totals.wrong / images)
+        count = glance.totals.predictions
+        loss, error = float(glance.totals.loss / count), float(100 * glance.totals.wrong / count)
         if not self._groups:
             return Figures(loss, error)
-        zeta, steps = glance.totals.zeta, images / self.config.batch_size
+        zeta, steps = glance.totals.zeta, self._steps_of(glance.totals)
         touched = sum(zeta[path].share * groups for path, groups in self._groups.items())
         return Figures(
             loss,
@@ -184,13 +167,14 @@ class Trainer:
         )
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
-        """Loss and error (in percent) on the test images, each counted exactly once."""
-        count, stats = len(self.test_data.labels), self.averages(state)
+        """Loss and error (in percent) on the test, every example counted exactly once."""
+        count, stats = self.task.tests, self.averages(state)
         batches = [
             self._test_batch(state.params, stats, self.test_data, first)
             for first in range(0, count, self.config.batch_size)
         ]
         losses, wrong = zip(*jax.device_get(batches), strict=True)
+        count *= self.task.predictions
         return float(np.sum(losses, dtype=np.float64)) / count, 100 * int(np.sum(wrong)) / count
 
     def report(self, state: TrainState, plan: fg.Plan | None) -> dict[str, Any]:
@@ -199,12 +183,12 @@ class Trainer:
         return {"test": {"loss": loss, "error": error}} | self.report_training(state, plan)
 
     def report_training(self, state: TrainState, plan: fg.Plan | None) -> dict[str, Any]:
-        """The same without a look at the test images."""
+        """The same without a look at the test."""
         glance = jax.device_get(self.glance(state, plan))
         figures = self.figures(glance)._asdict()
         step = int(glance.step)
         record = {
-            "epoch": step // self.steps_per_epoch,
+            "epoch": self.epochs_at(step),
             "step": step,
             "lr": float(np.asarray(state.lr * self._unit_rate(step - 1))),
             "train": {"loss": figures.pop("loss"), "error": figures.pop("error")},
@@ -215,7 +199,7 @@ class Trainer:
         by_parameter = {
             path: {
                 "violation": float(glance.violation.get(path, 0)),
-                "zeta_share": float(zeta.share / self.steps_per_epoch),
+                "zeta_share": float(zeta.share / self._steps_of(glance.totals)),
                 "grad_norm": float(zeta.grad_norm),
                 "step_ratio": float(zeta.step_ratio),
             }
@@ -244,24 +228,27 @@ class Trainer:
 
     def _optimizer(self, lr: Array, plan: fg.Plan | None) -> optax.GradientTransformationExtraArgs:
         """The optimizer at this rate. What it compiles to depends on no seed of the plan."""
-        return make_optimizer(self.config, lambda count: lr * self._unit_rate(count), plan, self.steps_per_epoch)
+        return self.task.optimizer(lambda count: lr * self._unit_rate(count), plan)
+
+    def _steps_of(self, totals: Totals) -> float:
+        """The steps that went into the totals."""
+        return float(totals.predictions) / (self.config.batch_size * self.task.predictions)
 
     # What is compiled.
 
     def _epoch_order(self, seed: Array, step: Array) -> Int32[Array, " n"]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ORDER), step // self.steps_per_epoch)
-        return jax.random.permutation(key, len(self.train_data.labels)).astype(jnp.int32)
+        return self.task.order(key)
 
-    def _one_step(self, state: TrainState, order: Array, data: DeviceSplit) -> TrainState:
+    def _one_step(self, state: TrainState, order: Array, data: Any) -> TrainState:
         batch = self.config.batch_size
         place = state.step % self.steps_per_epoch
         rows = lax.dynamic_slice(order, (place * batch,), (batch,))
-        images, labels = self.devices.shared((data.images[rows], data.labels[rows]))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), AUGMENTATION), state.step)
-        images = normalize(augment(key, images, self._augmentation), data)
+        inputs, labels = self.task.train_batch(data, rows, key)
 
         def objective(params):
-            logits, stats, moments = self._model.apply(params, state.stats, images, True, self._observes)
+            logits, stats, moments = self._model.apply(params, state.stats, inputs, True, self._observes)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), (logits, stats, moments)
 
@@ -273,32 +260,32 @@ class Trainer:
 
         before = jax.tree.map(lambda total: jnp.where(place == 0, jnp.zeros_like(total), total), state.totals)
         totals = Totals(
-            images=before.images + batch,
+            predictions=before.predictions + labels.size,
             wrong=before.wrong + jnp.sum(_missed(logits, labels), dtype=jnp.int32),
-            loss=before.loss + loss * batch,
+            loss=before.loss + loss * labels.size,
             zeta=self._add_zeta(before.zeta, opt_state),
         )
         return state._replace(step=state.step + 1, params=params, stats=stats, opt_state=opt_state, totals=totals)
 
-    def _many_steps(self, state: TrainState, order: Array, data: DeviceSplit, count: Array) -> TrainState:
+    def _many_steps(self, state: TrainState, order: Array, data: Any, count: Array) -> TrainState:
         # The count is traced: one program for every number of steps, and each step the same in all of them.
         return lax.fori_loop(0, count, lambda _, state: self._one_step(state, order, data), state)
 
-    def _count_errors(self, params: Any, stats: Any, data: DeviceSplit, first: Array) -> tuple[Array, Array]:
+    def _count_errors(self, params: Any, stats: Any, data: Any, first: Array) -> tuple[Array, Array]:
         rows = first + jnp.arange(self.config.batch_size)
-        real = rows < len(data.labels)
-        rows = jnp.minimum(rows, len(data.labels) - 1)
-        images, labels = self.devices.shared((data.images[rows], data.labels[rows]))
-        logits, *_ = self._model.apply(params, stats, normalize(images, data), False, False)
+        real = rows < self.task.tests
+        inputs, labels = self.task.test_batch(data, jnp.minimum(rows, self.task.tests - 1))
+        logits, *_ = self._model.apply(params, stats, inputs, False, False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        real = jnp.broadcast_to(real.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
         return jnp.sum(losses, where=real), jnp.sum(_missed(logits, labels), where=real, dtype=jnp.int32)
 
-    def _statistics_of(self, params: Any, stats: Stats, data: DeviceSplit, number: Array, rows: Array) -> Stats:
-        images = self.devices.shared(data.images[rows])
-        images = augment(jax.random.fold_in(jax.random.key(AUGMENTATION), number), images, self._augmentation)
+    def _statistics_of(self, params: Any, stats: Stats, data: Any, number: Array, rows: Array) -> Stats:
+        key = jax.random.fold_in(jax.random.key(AUGMENTATION), number)
+        inputs, _ = self.task.train_batch(data, rows, key)
         # Averages of nothing but this batch: from zero, a step moves them by the same share of it everywhere.
         nothing = jax.tree.map(jnp.zeros_like, stats)
-        _, moved, _ = self._model.apply(params, nothing, normalize(images, data), True, False)
+        _, moved, _ = self._model.apply(params, nothing, inputs, True, False)
         return jax.tree.map(lambda each: each / (1 - BN_MOMENTUM), moved)
 
     def _add_zeta(self, totals: dict[str, Zeta], opt_state: Any) -> dict[str, Zeta]:
@@ -314,8 +301,8 @@ class Trainer:
         }
 
 
-def _missed(logits: Float[Array, "n classes"], labels: Int32[Array, " n"]) -> Bool[Array, " n"]:
-    return lax.argmax(logits, 1, jnp.int32) != labels
+def _missed(logits: Float[Array, "*n classes"], labels: Int32[Array, "*n"]) -> Bool[Array, "*n"]:
+    return lax.argmax(logits, logits.ndim - 1, jnp.int32) != labels
 
 
 def _mean(trees: list[Stats]) -> Stats:

@@ -22,6 +22,7 @@ from .._errors import UsageError, resume_command
 from .._log import MetricsLog
 from .._measures import FORMS, PAPERS, Measurer, Measures, log10
 from .._run import CHECKPOINTS, LOG, load_for
+from .._tasks import config_from_dict
 from .._trainer import Trainer
 from ._command import Command
 
@@ -87,7 +88,9 @@ def measured(folder: Path, step: int | None) -> tuple[int, TrainConfig, Measures
         if step is None:
             raise UsageError(f"the run in {folder} has no checkpoint yet; go on with it by `{resume_command(folder)}`")
         about = checkpoints.about(step)
-        config = TrainConfig.from_dict(about["config"])
+        config = config_from_dict(about["config"])
+        if not isinstance(config, TrainConfig):
+            raise UsageError(f"the run in {folder} is of text; the bounds are those of networks for images")
         data = load_for(config)
         if difference := data_difference(data.fingerprint(), header.get("data") or {}):
             raise UsageError(

@@ -1,5 +1,6 @@
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -9,12 +10,14 @@ from rich.console import Console
 from .._compare import RESULTS, Comparison, compare, read_results
 from .._comparison_report import draw, report
 from .._config import TrainConfig, option
-from .._errors import UsageError
-from .._rows import ROWS, check_rows, row_name
-from ._command import Command
+from .._errors import UsageError, unknown
+from .._rows import ROWS, TEXT_ROWS, check_rows, row_name
+from .._tasks import CONFIGS
+from .._text import TextConfig
+from ._command import Command, given
 
 REPORT, PICTURE = "report.md", "comparison.png"
-UNSHARED = ("scheme", "lr", "seed", "validation")
+UNSHARED = ("task", "optimizer", "scheme", "lr", "seed", "validation", "tangent", "start")
 
 
 # Options of a single training, for which a comparison has others.
@@ -33,7 +36,7 @@ class SharedConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Compare(Command):
-    """Compare schemes: each tuned on the same grid of rates, trained with the same seeds, tested once."""
+    """Compare schemes, or by --task text optimizers: tuned on a grid of rates, trained with the same seeds."""
 
     instead: ClassVar[dict[str, str]] = {
         "--scheme": "--rows",
@@ -41,6 +44,8 @@ class Compare(Command):
         "--seed": "--seeds",
         "--validation": "--held-out",
     }
+
+    SHARE: ClassVar[str] = "--held-out"
 
     config: Annotated[SharedConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SharedConfig)
     rows: str = ",".join(ROWS)
@@ -58,18 +63,27 @@ class Compare(Command):
     """Where results, report and picture are kept; runs/compare-DATA-MODEL where left out. An interrupted comparison
     goes on where it was, by the same command; rows and seeds may be added."""
 
+    @classmethod
+    def of(cls, options: Sequence[str]) -> type[Command]:
+        task = given(options, "--task")
+        if task is not None and task not in CONFIGS:
+            raise unknown("task", task, CONFIGS)
+        return TextCompare if task == "text" else cls
+
     def run(self, console: Console) -> None:
-        config = TrainConfig(**self.config.to_dict()).check()
-        rows = tuple(row_name(name.strip()) for name in self.rows.split(",") if name.strip())
+        config: Any = CONFIGS[self.config.task](**self.config.to_dict()).check()
+        share = self._share()
+        rows = tuple(row_name(name.strip(), config) for name in self.rows.split(",") if name.strip())
         if not rows:
             raise UsageError("--rows: name one row or more")
         check_rows(rows, config)
         if self.seeds < 1 or self.tuning_seeds < 1:
             raise UsageError("--seeds and --tuning-seeds: give a whole number of 1 or more")
-        if not 0 < self.held_out < 1:
-            raise UsageError("--held-out: give a share between 0 and 1")
-        folder = self.run_dir or Path("runs") / f"compare-{Path(config.data).name}-{config.model}"
-        comparison = Comparison(config, rows, self._rates(), self.seeds, self.tuning_seeds, self.held_out)
+        if not 0 < share < 1:
+            raise UsageError(f"{self.SHARE}: give a share between 0 and 1")
+        config = dataclasses.replace(config, validation=0.0)
+        folder = self.run_dir or Path("runs") / "-".join(["compare", *config.names[:2]])
+        comparison = Comparison(config, rows, self._rates(), self.seeds, self.tuning_seeds, share)
         try:
             compare(comparison, folder, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
         except KeyboardInterrupt as interruption:
@@ -80,6 +94,10 @@ class Compare(Command):
         (folder / REPORT).write_text(text, encoding="utf-8")
         console.print(text, highlight=False, soft_wrap=True, markup=False)
         console.print(f"report: {folder / REPORT}, picture: {folder / PICTURE}", highlight=False, soft_wrap=True)
+
+    def _share(self) -> float:
+        """The share of the training data on which rates are compared."""
+        return self.held_out
 
     def _rates(self) -> tuple[float, ...]:
         try:
@@ -93,11 +111,61 @@ class Compare(Command):
     def _command(self, comparison: Comparison, folder: Path) -> str:
         """What to type, in the same place, for the same."""
         words = ["fgsgd", "compare"]
-        for field in dataclasses.fields(TrainConfig):
+        if isinstance(comparison.base, TextConfig):
+            words += ["--task", "text"]
+        for field in dataclasses.fields(comparison.base):
             value = getattr(comparison.base, field.name)
             if field.name not in UNSHARED and value != field.default:
                 words += [option(field.name), str(value)]
         words += ["--rows", ",".join(comparison.rows), "--lrs", self.lrs, "--seeds", str(self.seeds)]
-        words += ["--tuning-seeds", str(self.tuning_seeds), "--held-out", str(self.held_out)]
+        words += ["--tuning-seeds", str(self.tuning_seeds), self.SHARE, str(comparison.held_out)]
         words += ["--run-dir", str(folder)]
         return shlex.join(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedTextConfig(TextConfig):
+    """What all trainings of a comparison on text have in common."""
+
+    optimizer: _Given = "adamw"
+    scheme: _Given = "auto"
+    lr: _Given = None
+    tangent: _Given = "on"
+    start: _Given = "uniform"
+    seed: _Given = 0
+    validation: float = 0.1
+    """The share of the training text on which rates are compared: the last part of every file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCompare(Compare):
+    """Compare optimizers and manifolds of a GPT: tuned on a grid of rates, trained with the same seeds."""
+
+    instead: ClassVar[dict[str, str]] = {
+        "--scheme": "--rows",
+        "--lr": "--lrs",
+        "--seed": "--seeds",
+        "--optimizer": "--rows",
+        "--tangent": "--rows, as in spel~tangent=off",
+        "--start": "--rows, as in spel~start=nearest",
+    }
+
+    SHARE: ClassVar[str] = "--validation"
+
+    config: Annotated[SharedTextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(  # pyright: ignore
+        default_factory=SharedTextConfig
+    )
+    rows: str = ",".join(TEXT_ROWS)
+    """The rows, separated by commas: optimizers as `fgsgd train --task text` takes them, after which :scheme chooses
+    other manifolds than the optimizer's own, and ~option=value changes an option: spel:heads~tangent=off."""
+    lrs: str = "0.3,1,3"
+    """The grid of learning rates, separated by commas, as multiples of each optimizer's own rate (0.05; 0.01 for adamw
+    and on-manifolds; 3 for fgsgd); a single one is not tuned."""
+    seeds: int = 3
+    """Trainings of every row."""
+    tuning_seeds: int = 1
+    """Trainings of every row and rate of the grid."""
+    held_out: tyro.conf.Suppress[tyro.conf.Fixed[Any]] = 0.1
+
+    def _share(self) -> float:
+        return self.config.validation

@@ -114,7 +114,7 @@ class Demo(Command):
 def _train(trainer: Trainer, seed: int) -> tuple[Record, Any]:
     """One training: its errors and losses at some of its epochs, and the last state."""
     state, plan = trainer.start(seed), trainer.plan_of(seed)
-    epochs = trainer.config.epochs
+    epochs = trainer.epochs_at(trainer.total_steps)
     # More of them at the beginning, where the most happens.
     points = sorted(
         {min(each, epochs) for each in (1, 3, 7)} | {-(-epochs * place // POINTS) for place in range(1, POINTS + 1)}

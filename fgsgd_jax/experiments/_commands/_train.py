@@ -1,22 +1,24 @@
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from .._config import TrainConfig
-from .._errors import UsageError, resume_command
+from .._config import Config, TrainConfig
+from .._errors import UsageError, resume_command, unknown
 from .._processes import is_first, joined
 from .._run import LOG, run, stored_config
-from .._schemes import full_name
-from ._command import Command
+from .._tasks import CONFIGS
+from .._text import TextConfig
+from ._command import Command, given
 
 
 @dataclasses.dataclass(frozen=True)
 class Train(Command):
-    """Train a network on images: log, checkpoints and a picture go into the run directory."""
+    """Train a network on images, or by --task text a GPT: log, checkpoints and a picture go into the run directory."""
 
     config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=TrainConfig)
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -29,20 +31,31 @@ class Train(Command):
     report_bounds: tyro.conf.FlagCreatePairsOff[bool] = False
     """Log certificates, the Lipschitz bound and the generalization bounds after every epoch."""
 
+    @classmethod
+    def of(cls, options: Sequence[str]) -> type[Command]:
+        """That of the task, which a run to be resumed knows itself."""
+        task, folder = given(options, "--task"), given(options, "--run-dir")
+        if task is None and folder is not None and "--resume" in options and (Path(folder) / LOG).is_file():
+            task = getattr(stored_config(Path(folder)), "task", None)
+        if task is not None and task not in CONFIGS:
+            raise unknown("task", task, CONFIGS)
+        return TextTrain if task == "text" else cls
+
     def defaults(self) -> "Train | None":
         """What options left out stand for, where that depends on those given: a resumed run keeps its own."""
         if not self.resume:
             return None
         folder = self.folder()
-        return Train(config=stored_config(folder), run_dir=folder)
+        stored: Config = stored_config(folder)
+        if not isinstance(stored, type(self.config)):
+            raise UsageError(f"the run in {folder} is of --task {getattr(stored, 'task', None)}; leave --task out")
+        return type(self)(config=stored, run_dir=folder)
 
     def folder(self) -> Path:
         """Where the run is kept."""
         if self.run_dir is not None:
             return self.run_dir
-        config = self.config
-        data = Path(config.data).expanduser().name
-        parts = (data, config.model, full_name(config.scheme), f"seed{config.seed}")
+        parts = (*self.config.names, f"seed{self.config.seed}")
         return Path("runs") / re.sub(r"[^\w.+-]+", "-", "-".join(parts))
 
     def _what_now(self, folder: Path) -> list[str]:
@@ -70,6 +83,23 @@ class Train(Command):
                 )
             except KeyboardInterrupt as interruption:
                 raise KeyboardInterrupt(*self._what_now(folder)) from interruption
+        if result.sample is not None:
+            console.print(f"\n{result.sample}\n", highlight=False, markup=False)
         test = result.records[-1]["test"]
         figures = f"test error {test['error']:.2f} %, loss {test['loss']:.4f}"
         console.print(f"{figures}; picture: {result.picture}", highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTrain(Train):
+    """Train a small GPT on text: log, checkpoints, a picture and a sample go into the run directory."""
+
+    config: Annotated[TextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(  # pyright: ignore
+        default_factory=TextConfig
+    )
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the last checkpoint of the run directory. Options left out are those that the run began with; with a
+    constant --schedule, --steps may be more."""
+    checkpoint_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS")] = None
+    """Steps between checkpoints; --report-every where left out."""
+    report_bounds: tyro.conf.Suppress[tyro.conf.Fixed[Any]] = False

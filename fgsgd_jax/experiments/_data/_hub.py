@@ -37,13 +37,14 @@ def load_hub(
 
     Only the images that the limits keep are decoded.
     """
+    parts = "Parquet files with an image and a label column, or one folder of images per class"
     notes: list[str] = []
-    with _tables(name) as tables:
+    with open_tables(name, "images", PLACES, parts) as tables:
         any_table = next(iter(tables.values()))
         image_column = _image_column(name, any_table, image_column)
         label_column = _label_column(name, any_table, label_column)
 
-        train_table, test_table = _train_and_test(name, tables)
+        train_table, test_table = train_and_test(name, tables)
         train_labels, classes = _train_labels(name, train_table, label_column)
         if test_table is None:
             train_rows, test_rows, note = split_rows(train_labels)
@@ -74,8 +75,15 @@ def load_hub(
 
 
 @contextmanager
-def _tables(name: str) -> Iterator[dict[str, datasets.Dataset]]:
-    """The splits of a set, for as long as the context lasts."""
+def open_tables(name: str, kind: str, places: str, parts: str) -> Iterator[dict[str, datasets.Dataset]]:
+    """The splits of a set, for as long as the context lasts.
+
+    Args:
+        name: a folder or a hub name.
+        kind: images or texts, for messages.
+        places: what else can be given, for messages.
+        parts: what a folder should hold, for messages.
+    """
     folder = Path(name).expanduser()
     if folder.is_file():
         raise UsageError(f"data {name!r} is a file, and none of arrays (.npz); give the folder that holds it")
@@ -86,26 +94,26 @@ def _tables(name: str) -> Iterator[dict[str, datasets.Dataset]]:
             parent = Path(config.HF_DATASETS_CACHE)
             parent.mkdir(parents=True, exist_ok=True)
             cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="fgsgd-", dir=parent))
-            yield _read(name, folder, str(folder), None, cache)
+            yield _read(name, folder, str(folder), None, cache, kind, parts)
             return
         path, _, part = name.partition(":")
         if not HUB_NAME.fullmatch(name):
-            raise UsageError(f"data folder {name!r} does not exist{_near(folder)}; give {PLACES}")
-        if reason := _ask_hub(name, path, folder):
+            raise UsageError(f"data folder {name!r} does not exist{_near(folder)}; give {places}")
+        if reason := _ask_hub(name, path, folder, places):
             stack.enter_context(_offline())
             try:
-                tables = _read(name, folder, path, part or None, None)
+                tables = _read(name, folder, path, part or None, None, kind, parts)
             except UsageError as error:
                 raise UsageError(
                     f"data {name!r}: there is no such folder or file here{_near(folder)}, and the Hugging Face hub "
                     f"cannot be asked for a set of that name ({reason})"
                 ) from error
         else:
-            tables = _read(name, folder, path, part or None, None)
+            tables = _read(name, folder, path, part or None, None, kind, parts)
         yield tables
 
 
-def _ask_hub(name: str, path: str, folder: Path) -> str | None:
+def _ask_hub(name: str, path: str, folder: Path, places: str) -> str | None:
     """Ask the hub once, without the retries of a download, whether it has a set: why there is no answer, if so."""
     try:
         huggingface_hub.HfApi().dataset_info(path, timeout=HUB_PATIENCE)
@@ -116,7 +124,7 @@ def _ask_hub(name: str, path: str, folder: Path) -> str | None:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UsageError(
             f"data {name!r}: there is no such folder or file here{_near(folder)}, nor such a set on the Hugging Face "
-            f"hub; give {PLACES}"
+            f"hub; give {places}"
         ) from error
     # Whatever the network client raises: no network, no answer in time, a hub that is down.
     except Exception as error:
@@ -147,7 +155,9 @@ def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _read(name: str, folder: Path, path: str, part: str | None, cache: str | None) -> dict[str, datasets.Dataset]:
+def _read(
+    name: str, folder: Path, path: str, part: str | None, cache: str | None, kind: str, parts: str
+) -> dict[str, datasets.Dataset]:
     try:
         with _quiet_bars():
             tables = datasets.load_dataset(path, part, cache_dir=cache)
@@ -155,15 +165,14 @@ def _read(name: str, folder: Path, path: str, part: str | None, cache: str | Non
     except Exception as error:
         if folder.is_dir():
             raise UsageError(
-                f"data folder {name!r} cannot be read as a set of images ({_reason(error)}); it should hold Parquet "
-                "files with an image and a label column, or one folder of images per class"
+                f"data folder {name!r} cannot be read as a set of {kind} ({_reason(error)}); it should hold {parts}"
             ) from error
         raise UsageError(
             f"data {name!r} is no folder here and could not be loaded from the Hugging Face hub ({_reason(error)}); "
             "give `digits`, a folder or a hub name (owner/set or owner/set:config)"
         ) from error
     if not isinstance(tables, datasets.DatasetDict) or not tables:
-        raise UsageError(f"data {name!r} holds no table of images")
+        raise UsageError(f"data {name!r} holds no table of {kind}")
     return {str(split): table for split, table in tables.items()}
 
 
@@ -238,7 +247,8 @@ def _suggested(columns: list[str]) -> str:
     return f"name one by --label-column ({', '.join(columns)})"
 
 
-def _train_and_test(name: str, tables: dict[str, datasets.Dataset]) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def train_and_test(name: str, tables: dict[str, datasets.Dataset]) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The split to train on, and the one to test on if there is one."""
     test = next((split for split in TEST_SPLITS if split in tables), None)
     train = "train" if "train" in tables else None
     if train is None and len(tables) == 1:

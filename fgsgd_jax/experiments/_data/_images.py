@@ -57,7 +57,8 @@ class ImageSet:
 
 def data_difference(mine: Mapping[str, object], others: Mapping[str, object]) -> str | None:
     """The first thing in which two fingerprints differ, in words; `None` where they are of the same content."""
-    for name, words in (("classes", "classes"), ("train", "training images"), ("test", "test images")):
+    what = "images" if "classes" in mine else "text"
+    for name, words in (("classes", "classes"), ("train", f"training {what}"), ("test", f"test {what}")):
         one, other = mine.get(name), others.get(name)
         if one != other:
             return f"{words}: {_in_words(one)}, was {_in_words(other)}"

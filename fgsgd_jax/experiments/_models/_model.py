@@ -2,7 +2,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 import fgsgd_jax as fg
 
@@ -11,10 +11,10 @@ Stats = dict[str, Any]
 
 
 class Apply(Protocol):
-    """The forward pass of a network; `train` and `observe` are static."""
+    """The forward pass of a network, on images or tokens; `train` and `observe` are static."""
 
     def __call__(
-        self, params: Params, stats: Stats, images: Float[Array, "n height width channels"], train: bool, observe: bool
+        self, params: Params, stats: Stats, inputs: Array, train: bool, observe: bool, /
     ) -> tuple[Array, Stats, dict[str, fg.FeatureMoments]]:
         """The logits, the new statistics, and the moments of what entered each kernel (none if not to be observed)."""
         ...

@@ -1,0 +1,119 @@
+"""The optimizers of a GPT."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+from optax.contrib import MuonDimensionNumbers
+
+import fgsgd_jax as fg
+
+from ._config import TextConfig
+from ._rules import is_block_matrix
+
+# Of AdamW, everywhere: gradients of small batches of text are noisy, and few steps have no time for 0.999.
+B1, B2 = 0.9, 0.95
+
+Mask = Callable[[Any], Any]
+
+
+def make_text_optimizer(
+    config: TextConfig, rate: optax.Schedule, free_rate: optax.Schedule, plan: fg.Plan | None
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a config.
+
+    AdamW moves what an optimizer of matrices leaves out (embedding, head, scales), at the rate of its own.
+
+    Args:
+        config: the options.
+        rate: of the optimizer itself.
+        free_rate: of AdamW for what it leaves out.
+        plan: what the weights live on; `None` for free ones.
+    """
+    free = _adamw(config, free_rate)
+    if config.optimizer == "adamw":
+        tx = _adamw(config, rate)
+    elif config.optimizer == "muon":
+        tx = _muon(config, rate, free_rate, config.weight_decay)
+    elif plan is None:
+        raise ValueError(f"{config.optimizer} needs a plan")
+    elif config.optimizer == "hyperball":
+        tx = fg.hyperball(_adamw(config, free_rate, plan), plan, rate)
+    elif config.optimizer == "muon-hyperball":
+        tx = fg.hyperball(_muon(config, free_rate, free_rate, 0.0), plan, rate)
+    elif config.optimizer == "on-manifolds":
+        tx = fg.on_manifolds(_adamw(config, rate, plan), plan)
+    elif config.optimizer == "fgsgd":
+        # The chain of fg.fgsgd, whose free leaves get SGD: here they get AdamW as in all other rows.
+        moved = optax.chain(optax.trace(config.momentum), optax.scale_by_learning_rate(rate))
+        tx = fg.on_manifolds(
+            optax.chain(
+                fg.normalize_by_zeta(plan),
+                optax.masked(moved, _in_plan(plan, True)),
+                optax.masked(free, _in_plan(plan, False)),
+            ),
+            plan,
+        )
+    elif config.optimizer == "manifold-muon":
+        tx = fg.manifold_muon(rate, plan, config.momentum, nesterov=True, free=free)
+    elif config.tangent == "on":
+        tx = fg.spel(rate, plan, config.momentum, nesterov=True, free=free)
+    else:
+        # The chain of fg.spel without the projection before the direction.
+        tx = optax.chain(
+            optax.masked(free, _in_plan(plan, False)),
+            optax.masked(optax.trace(config.momentum, nesterov=True), _in_plan(plan, True)),
+            fg.steepest(plan, tangent=False),
+            optax.masked(optax.scale_by_learning_rate(rate), _in_plan(plan, True)),
+            fg.retract(plan),
+            fg.rescale(plan),
+        )
+    return optax.with_extra_args_support(tx)
+
+
+def _adamw(config: TextConfig, rate: optax.Schedule, plan: fg.Plan | None = None) -> optax.GradientTransformation:
+    """AdamW, whose decay is of free matrices alone."""
+
+    def decayed(tree: Any) -> Any:
+        return _mask(tree, lambda path, leaf: leaf.ndim > 1 and (plan is None or path not in plan.collections))
+
+    return optax.adamw(rate, b1=B1, b2=B2, weight_decay=config.weight_decay, mask=decayed)
+
+
+def _muon(
+    config: TextConfig, rate: optax.Schedule, free_rate: optax.Schedule, weight_decay: float
+) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks, all heads of a projection as one; Adam for the rest."""
+
+    def dimensions(tree: Any) -> Any:
+        def of_leaf(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if not is_block_matrix(name):
+                return None
+            if leaf.ndim == 2:
+                return MuonDimensionNumbers()
+            return MuonDimensionNumbers((0, 1), 2) if name.endswith("out/kernel") else MuonDimensionNumbers(0, (1, 2))
+
+        return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+    return contrib.muon(
+        rate,
+        beta=config.momentum,
+        weight_decay=weight_decay,
+        adam_b1=B1,
+        adam_b2=B2,
+        adam_learning_rate=free_rate,
+        muon_weight_dimension_numbers=dimensions,
+    )
+
+
+def _in_plan(plan: fg.Plan, collected: bool) -> Mask:
+    return lambda tree: _mask(tree, lambda path, leaf: (path in plan.collections) == collected)
+
+
+def _mask(tree: Any, chosen: Callable[[str, Any], bool]) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: chosen(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree
+    )
