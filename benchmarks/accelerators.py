@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
 RESULTS = FOLDER / "results" / "accelerators.json"
 
 # Platform and topology of one device and of four.
@@ -34,6 +36,13 @@ PACKAGES = ("jax", "jaxlib", "optax", "fgsgd-jax", "libtpu", "jax-cuda13-plugin"
 FGSGD, SGD, MUON = "fgsgd", "optax.sgd", "optax.contrib.muon"
 SPEL, COARSE, MANIFOLD_MUON = "fg.spel", "fg.spel, coarse", "fg.manifold_muon"
 OPTIMIZERS = (FGSGD, SGD, MUON, SPEL, COARSE, MANIFOLD_MUON)
+# What a reader is told first.
+SUMMARY = {
+    "ResNet-110, PIO": FGSGD,
+    "St(768, 768)": FGSGD,
+    "GPT-2 small, by matrices": FGSGD,
+    "ResNet-110, initialize": "initialize",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def workloads() -> dict[str, Workload]:
         "4 × 12 heads St(768, 64)": Workload(heads, by_heads),
         "ResNet-50, Stiefel by filters": Workload(updates.imagenet_resnet((3, 4, 6, 3)), updates.FILTERS),
         "GPT-2 small, by heads": Workload(gpt2, updates.HEADS),
-        "GPT-2 small, by matrices": Workload(gpt2, updates.MATRICES, (FGSGD, SGD, MUON, SPEL, COARSE)),
+        "GPT-2 small, by matrices": Workload(gpt2, updates.MATRICES, (FGSGD, SGD, MUON)),
     }
 
 
@@ -102,6 +111,9 @@ def main():
         for target in options.targets:
             rows = measured(target, rows, options)
     print(table(rows))
+    if options.results == RESULTS:
+        for path, make in TEXTS.items():
+            path.write_text(filled(path.read_text(encoding="utf-8"), make(rows)), encoding="utf-8")
 
 
 def measured(target: str, rows: list[dict], options: argparse.Namespace) -> list[dict]:
@@ -335,6 +347,36 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The same of a few workloads, in a line each."""
+    found = {(row["case"], row["target"], row["name"]): row for row in rows if "left out" not in row}
+    header = [f"compiled for {' · '.join(TARGETS)}", "in processor s", "bytes, `optax.sgd` = 1", "Muon = 1"]
+    lines = [[*header, "of main memory, sgd = 1", "temporary, weights = 1"], ["---", *["---:"] * 5]]
+    for case, name in SUMMARY.items():
+
+        def by_target(key: str, beside: str, name: str = name, case: str = case) -> str:
+            """The figure on every target, over that of another optimizer or over another figure."""
+            values = []
+            for target in TARGETS:
+                row = found.get((case, target, name), {})
+                other = found.get((case, target, beside), {}).get(key) if beside in OPTIMIZERS else row.get(beside, 1)
+                values.append(_number(row[key] / other) if row and other else "—")
+            return "—" if set(values) == {"—"} else " · ".join(values)
+
+        lines.append([case, by_target("processor", ""), by_target("bytes", SGD), by_target("bytes", MUON)])
+        lines[-1] += [by_target("memory", SGD), by_target("temporary", "weights")]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TEXTS = {ROOT / "README.md": summary, FOLDER / "README.md": table}
+
+
+def filled(text: str, own: str) -> str:
+    """The text with this table between its marks."""
+    marks = re.compile("(<!-- accelerators:begin -->\n).*?(<!-- accelerators:end -->)", re.DOTALL)
+    return marks.sub(lambda match: f"{match[1]}{own}\n{match[2]}", text)
+
+
 def _titled(row: dict[str, Any]) -> str:
     return row["case"] if row["name"] not in (SPEL, COARSE, MANIFOLD_MUON) else f"{row['case']}, `{row['name']}`"
 
@@ -344,12 +386,13 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _beside(value: float, others: dict[str, float]) -> str:
-    def number(value):
-        return f"{value:,}" if isinstance(value, int) else f"{value:.2g}" if value < 10 else f"{value:.0f}"
-
-    return number(value) + (
-        f" ({', '.join(f'{name} {number(each)}' for name, each in others.items())})" if others else ""
+    return _number(value) + (
+        f" ({', '.join(f'{name} {_number(each)}' for name, each in others.items())})" if others else ""
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def _ratios(value: float, others: dict[str, float]) -> str:

@@ -1,6 +1,9 @@
 """What `make accelerators` reads in a compiled program, on a program written by hand."""
 
-from accelerators import table
+import json
+
+import pytest
+from accelerators import RESULTS, TEXTS, filled, summary, table
 from accelerators_hlo import cost, size
 
 PROGRAM = """HloModule step
@@ -73,3 +76,16 @@ def test_table():
     text = table([row | {"name": "fgsgd"}, row | {"name": "optax.sgd", "bytes": 20}])
     assert "1.5 × sgd" in text
     assert "2 all-reduce" in text
+
+
+def test_summary():
+    row = {"case": "St(768, 768)", "processor": 1.0, "weights": 4, "bytes": 30, "memory": 30, "temporary": 2}
+    rows = [row | {"target": "H100", "name": "fgsgd"}, row | {"target": "H100", "name": "optax.sgd", "bytes": 20}]
+    assert "| St(768, 768) | — · — · 1 | — · — · 1.5 | — | — · — · 1 | — · — · 0.5 |" in summary(rows)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.parent.name)
+def test_tables_are_those_of_the_json(path):
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- accelerators:begin -->" in text
+    assert filled(text, TEXTS[path](json.loads(RESULTS.read_text(encoding="utf-8"))["rows"])) == text

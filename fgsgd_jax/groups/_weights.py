@@ -269,11 +269,18 @@ def _uniform(bucket: Bucket, key, hashes, kind, radius, leaves):
     x = bucket.matrices(leaves)
     # A layer of a stack is drawn as it would be alone.
     shape = bucket.shape[len(bucket.layers) :]
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes.ravel())
-    # In a loop, which nothing is fused with: XLA on TPU would compile the draw once more for each of its uses.
-    z = lax.map(lambda key: jax.random.normal(key, shape, x.dtype), keys)
-    mixture = Mixture(bucket.kinds, kind, radius.astype(x.dtype))
-    return bucket.tensors(mixture.from_gaussian(bucket.view.split(z).reshape(x.shape), x), leaves)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes.ravel()).reshape(len(x), -1)
+
+    def drawn(own: Any) -> Array:
+        keys, kind, radius, x = own
+        # In a loop, which nothing is fused with: XLA on TPU would compile the draw once more for each of its uses.
+        z = bucket.view.split(lax.map(lambda key: jax.random.normal(key, shape, radius.dtype), keys))
+        z = z.reshape(*radius.shape, *z.shape[-2:])
+        return Mixture(bucket.kinds, kind, radius).from_gaussian(z, z if x is None else x)
+
+    # One parameter at a time, so that the memory is that of one.
+    is_free = any(isinstance(manifold, Euclidean) for manifold in bucket.kinds)
+    return bucket.tensors(lax.map(drawn, (keys, kind, radius.astype(x.dtype), x if is_free else None)), leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
