@@ -156,7 +156,7 @@ def _batched(leaves: Sequence[Any], axes: Sequence[Any], default: Way, batched: 
     return found, [0] * len(found)
 
 
-def _in_front(leaf: Array, axis: int | None, size: int) -> Array:
+def _in_front(leaf: Any, axis: int | None, size: int) -> Array:
     return jnp.broadcast_to(leaf, (size, *leaf.shape)) if axis is None else jnp.moveaxis(leaf, axis, 0)
 
 
