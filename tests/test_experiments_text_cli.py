@@ -115,6 +115,7 @@ def test_rows_have_one_name_and_their_optimizers_own_grid():
     assert (config.optimizer, config.scheme, config.tangent, config.lr) == ("spel", "heads", "off", 0.05)
 
 
+@pytest.mark.slow
 def test_a_comparison_tunes_by_loss_reports_and_goes_on_where_it_was(place, refused, monkeypatch, capsys):
     main(COMPARE)
     found = json.loads((place / "comparison" / "results.json").read_text())

@@ -60,7 +60,9 @@ def steps(tx, params, count=2):
 
 
 @pytest.mark.usefixtures("lenient_promotion")
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "fgsgd" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_many_leaves_step_as_few_do(name, monkeypatch):
     """Each as if it were alone, also one whose gradient is refused, in states of the same structure."""
     params, plan = many(FEW)
