@@ -179,6 +179,15 @@ def test_train_prints_lines_resumes_and_never_overwrites(capsys, refused, tmp_pa
     assert (folder / "metrics.jsonl").read_bytes() == log
 
 
+@pytest.mark.parametrize("name", ["train", "compare", "demo"])
+@pytest.mark.parametrize("task", CONFIGS)
+def test_no_two_options_are_one_to_tyro(name, task, monkeypatch):
+    """Its cache holds (Any, 0) and (Any, 0.0) for one key. Beside pytest it checks a tenth of the hits: here, all."""
+    monkeypatch.setattr("random.random", lambda: 0.0)
+    kind = COMMANDS[name].of(["--task", task])
+    tyro.cli(kind, default=tyro.cli(kind, args=[]), args=[])
+
+
 def test_gamma_is_a_word_or_a_number():
     for text, value in (("glorot", "glorot"), ("0.5", 0.5)):
         assert tyro.cli(TrainConfig, args=["--gamma", text]).gamma == value

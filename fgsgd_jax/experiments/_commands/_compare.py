@@ -2,7 +2,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -14,24 +14,28 @@ from .._errors import UsageError, unknown
 from .._rows import ROWS, TEXT_ROWS, check_rows, row_name
 from .._tasks import CONFIGS
 from .._text import TextConfig
+from .._text._config import Optimizer, Scheme
 from ._command import Command, given
 
 REPORT, PICTURE = "report.md", "comparison.png"
 UNSHARED = ("task", "optimizer", "scheme", "lr", "seed", "validation", "tangent", "start")
 
 
-# Options of a single training, for which a comparison has others.
-_Given = tyro.conf.Suppress[tyro.conf.Fixed[Any]]
+T = TypeVar("T")
+
+# An option of a single training, for which a comparison has others. With its own type: of `Any`, tyro would take 0 and
+# 0.0 for one option.
+_Given = Annotated[T, tyro.conf.Suppress, tyro.conf.Fixed]
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedConfig(TrainConfig):
     """What all trainings of a comparison have in common."""
 
-    scheme: _Given = "euc"
-    lr: _Given = 0.1
-    seed: _Given = 0
-    validation: _Given = 0.0
+    scheme: _Given[str] = "euc"
+    lr: _Given[float] = 0.1
+    seed: _Given[int] = 0
+    validation: _Given[float] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +131,12 @@ class Compare(Command):
 class SharedTextConfig(TextConfig):
     """What all trainings of a comparison on text have in common."""
 
-    optimizer: _Given = "adamw"
-    scheme: _Given = "auto"
-    lr: _Given = None
-    tangent: _Given = "on"
-    start: _Given = "uniform"
-    seed: _Given = 0
+    optimizer: _Given[Optimizer] = "adamw"
+    scheme: _Given[Scheme] = "auto"
+    lr: _Given[float | None] = None
+    tangent: _Given[Literal["on", "off"]] = "on"
+    start: _Given[Literal["uniform", "nearest"]] = "uniform"
+    seed: _Given[int] = 0
     validation: float = 0.1
     """The share of the training text on which rates are compared: the last part of every file."""
 
@@ -165,7 +169,7 @@ class TextCompare(Compare):
     """Trainings of every row."""
     tuning_seeds: int = 1
     """Trainings of every row and rate of the grid."""
-    held_out: tyro.conf.Suppress[tyro.conf.Fixed[Any]] = 0.1
+    held_out: _Given[float] = 0.1
 
     def _share(self) -> float:
         return self.config.validation

@@ -2,7 +2,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -102,4 +102,4 @@ class TextTrain(Train):
     constant --schedule, --steps may be more."""
     checkpoint_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS")] = None
     """Steps between checkpoints; --report-every where left out."""
-    report_bounds: tyro.conf.Suppress[tyro.conf.Fixed[Any]] = False
+    report_bounds: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
