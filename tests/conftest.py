@@ -52,6 +52,13 @@ def lenient_promotion():
         yield
 
 
+@pytest.fixture(scope="module")
+def users_promotion():
+    """JAX's own promotion and precision for a module whose fixtures train, through Optax's counters too."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture
 def refused(capsys):
     """Runs a command line that a user can mend; returns the one line on standard error with which it ends."""

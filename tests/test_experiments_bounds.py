@@ -11,6 +11,7 @@ import scipy.stats
 pytest.importorskip("tyro")
 
 from matplotlib.figure import Figure
+from trainings import network
 
 import fgsgd_jax as fg
 from fgsgd_jax.bounds import Chain, GeneralizationBounds, LogBounds, Sum
@@ -22,20 +23,12 @@ from fgsgd_jax.experiments._correlation import spearman
 from fgsgd_jax.experiments._log import MetricsLog
 from fgsgd_jax.experiments._measures import Measurer, Measures, geometries, structure
 from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
-from fgsgd_jax.experiments._models._shapes import CifarShape
 
 TINY = ["--limit-train", "64", "--limit-test", "48", "--batch-size", "32", "--epochs", "1", "--model", "tiny"]
 
-
-def tiny(num_classes, channels):
-    """Three convolutions, so narrow that little is compiled."""
-    shape = CifarShape(blocks=1, widths=(4,))
-    return _nnx_resnet.functional(lambda rngs: _nnx_resnet.PlainNet(shape, num_classes, channels, rngs), channels)
-
-
-def tiny_residual(num_classes, channels):
-    shape = CifarShape(blocks=1, widths=(3, 6))
-    return _nnx_resnet.functional(lambda rngs: _nnx_resnet.CifarResNet(shape, num_classes, channels, rngs), channels)
+# Three convolutions, and residual blocks with a shortcut between widths.
+tiny = network(_nnx_resnet.PlainNet, 1, 4)
+tiny_residual = network(_nnx_resnet.CifarResNet, 1, 3, 6)
 
 
 @pytest.fixture(scope="module")

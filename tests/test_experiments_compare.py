@@ -13,25 +13,20 @@ from matplotlib.figure import Figure
 pytest.importorskip("tyro")
 import datasets
 import PIL.Image
+from trainings import tiny
 
 from fgsgd_jax.experiments import TrainConfig, _compare
 from fgsgd_jax.experiments.__main__ import main
 from fgsgd_jax.experiments._augment import resolve
 from fgsgd_jax.experiments._compare import chosen_rate
 from fgsgd_jax.experiments._comparison_report import draw, report
-from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
-from fgsgd_jax.experiments._models._shapes import CifarShape
+from fgsgd_jax.experiments._models import REGISTRY
 from fgsgd_jax.experiments._paired import paired_difference
 from fgsgd_jax.experiments._rows import ROWS, row_config, row_name
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 TINY = ["--limit-train", "80", "--limit-test", "32", "--batch-size", "32", "--epochs", "2", "--model", "tiny"]
 COMPARE = ["compare", *TINY, "--rows", "euc,po3", "--lrs", "0.01,0.1", "--seeds", "2", "--tuning-seeds", "1"]
-
-
-def tiny(num_classes, channels):
-    shape = CifarShape(blocks=1, widths=(4,))
-    return _nnx_resnet.functional(lambda rngs: _nnx_resnet.PlainNet(shape, num_classes, channels, rngs), channels)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """A GPT on text: what it reads, what it is, what its weights live on, how it is trained and taken up again."""
 
 import dataclasses
-import io
-import json
 import math
 import pathlib
 import signal
@@ -19,7 +17,7 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 import datasets
 import orbax.checkpoint as ocp
-from rich.console import Console
+from trainings import bits, log_without_times, quiet
 
 import fgsgd_jax as fg
 from fgsgd_jax.experiments import MetricsLog, TextConfig, Trainer, UsageError, load_text, run
@@ -29,18 +27,13 @@ from fgsgd_jax.experiments._text._config import SCHEME_OF
 from fgsgd_jax.experiments._text._gpt import rotated
 from fgsgd_jax.experiments._text._optimizers import make_text_optimizer
 
+pytestmark = pytest.mark.usefixtures("users_promotion")
+
 SHAPE = GPTShape(vocabulary=256, layers=1, width=16, heads=2)
 TINY = TextConfig(
     layers=2, width=32, heads=2, context=16, batch_size=4, steps=10, report_every=4, test_bytes=320, warmup=2
 )
 TEXT = b"the cat sat on the mat and the dog lay by the door; " * 60
-
-
-@pytest.fixture(scope="module", autouse=True)
-def users_promotion():
-    """Optax's counters need JAX's own promotion, where the network is trained too."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +68,6 @@ def weights():
     model = build_gpt(SHAPE)
     params, _ = jax.jit(model.init)(jax.random.key(0))
     return model, params
-
-
-def quiet():
-    return Console(file=io.StringIO())
-
-
-def bits(state):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-
-
-def log_without_times(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("seconds", None)
-    return lines
 
 
 def joined(texts):

@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,17 +15,12 @@ from fgsgd_jax.experiments._comparison_report import report
 from fgsgd_jax.experiments._paired import paired_difference
 from fgsgd_jax.experiments._rows import TEXT_ROWS, check_rows, row_config, row_name, row_rates
 
+pytestmark = pytest.mark.usefixtures("users_promotion")
+
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--task", "text", "--data", "book.txt", "--layers", "1", "--width", "16", "--heads", "1", "--context", "16"]
 SMALL += ["--batch-size", "4", "--steps", "6", "--report-every", "3", "--test-bytes", "160", "--warmup", "2"]
 COMPARE = ["compare", *SMALL, "--rows", "adamw,muon", "--lrs", "0.3,1", "--seeds", "2", "--run-dir", "comparison"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def users_promotion():
-    """Optax's counters need JAX's own promotion."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

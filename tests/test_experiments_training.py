@@ -1,8 +1,6 @@
 """A training is a function of its options; what interrupts it leaves no trace in what comes out."""
 
 import dataclasses
-import io
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("orbax.checkpoint")
-from rich.console import Console
+from trainings import bits, log_without_times, quiet, small, tiny
 
 import fgsgd_jax as fg
 from fgsgd_jax.experiments import (
@@ -26,12 +24,19 @@ from fgsgd_jax.experiments import (
 )
 from fgsgd_jax.experiments._augment import augment
 from fgsgd_jax.experiments._checkpoints import Checkpoints
-from fgsgd_jax.experiments._models import REGISTRY, _nnx_resnet
-from fgsgd_jax.experiments._models._shapes import CifarShape
+from fgsgd_jax.experiments._models import REGISTRY
 from fgsgd_jax.experiments._trainer import AUGMENTATION
 
-CONFIG = TrainConfig(epochs=2, batch_size=32, limit_train=150, limit_test=70, lr=0.03)
+CONFIG = TrainConfig(model="small", epochs=2, batch_size=32, limit_train=150, limit_test=70, lr=0.03)
 STEPS = 4  # an epoch: 150 images have four whole batches
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(REGISTRY, "small", small)
+        patched.setitem(REGISTRY, "tiny", tiny)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +46,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def trainer(data):
-    """Only the first stage is constrained, which a third of the compilation time is enough for."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_schemes, "is_spatial_kernel", lambda path, leaf: path.startswith("stage_0") and leaf.ndim == 4)
-        yield Trainer(CONFIG, data)
+    return Trainer(CONFIG, data)
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +71,6 @@ class Silent:
 
     def checkpoint(self, step, state):
         del step, state
-
-
-def tiny(num_classes, channels):
-    shape = CifarShape(blocks=1, widths=(4,))
-    return _nnx_resnet.functional(lambda rngs: _nnx_resnet.PlainNet(shape, num_classes, channels, rngs), channels)
-
-
-def quiet():
-    return Console(file=io.StringIO())
-
-
-def bits(state):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-
-
-def log_without_times(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("seconds", None)
-    return lines
 
 
 # The run and its folder.
@@ -169,9 +151,8 @@ def test_what_was_logged_after_the_checkpoint_is_logged_again(trainer, undisturb
     assert log_without_times(folder) == log_without_times(undisturbed.folder)
 
 
-def test_a_run_of_a_constant_rate_can_be_made_longer(data, tmp_path, monkeypatch):
+def test_a_run_of_a_constant_rate_can_be_made_longer(data, tmp_path):
     """To the weights, the log and the options of a run that was as long from the beginning."""
-    monkeypatch.setitem(REGISTRY, "tiny", tiny)
     config = dataclasses.replace(CONFIG, model="tiny", scheme="euc", schedule="constant")
     longer = dataclasses.replace(config, epochs=3)
     whole = run(longer, tmp_path / "whole", trainer=(three := Trainer(longer, data)), console=quiet())

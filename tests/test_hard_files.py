@@ -239,15 +239,13 @@ def test_a_damaged_log_is_read_or_refused_in_words(experiments, tmp_path, record
     record_property("inputs tried", 600)
 
 
-def bits(state):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-
-
 @pytest.mark.slow
 # Of what orbax had begun to read when it met the damage.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_whole_or_refused_in_words(experiments, tmp_path, capfd, record_property):
+    from trainings import bits
+
     from fgsgd_jax.experiments._checkpoints import Checkpoints
     from fgsgd_jax.experiments._state import Totals, TrainState
 
