@@ -90,6 +90,7 @@ class ImageTask:
         self.train_data, self.test_data = to_devices(data, devices)
         self.tests = len(data.test)
         self.model = build(config.model, len(data.classes), data.channels)
+        assert self.model.trace is not None, "a network for images has a trace"
         self._trace = self.model.trace(data.train.images.shape[1:3])
         # Every schedule is proportional to the rate that it starts from.
         self.unit_rate = schedule(config.schedule, 1.0, self.total_steps)

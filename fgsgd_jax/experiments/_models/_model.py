@@ -30,5 +30,5 @@ class Model(NamedTuple):
     init: Callable[[jax.Array], tuple[Params, Stats]]
     """`init(key) -> (params, stats)`"""
     apply: Apply
-    trace: Callable[[tuple[int, int]], fg.Trace]
-    """`trace((height, width))`: the calls of its layers on images of this size"""
+    trace: Callable[[tuple[int, int]], fg.Trace] | None = None
+    """`trace((height, width))`: the calls of its layers on images of this size; `None` of a network for other data"""

@@ -114,7 +114,4 @@ def build_gpt(shape: GPTShape) -> Model:
         del train, observe
         return nnx.merge(graph, nnx.State(params))(tokens), stats, {}
 
-    def trace(size):
-        raise NotImplementedError("a GPT has no convolutions to trace")
-
-    return Model("gpt", init, apply, trace)
+    return Model("gpt", init, apply)
