@@ -11,7 +11,6 @@ from pathlib import Path
 from timing import medians, side_by_side
 
 from fgsgd_jax.experiments._rows import row_config
-from fgsgd_jax.experiments._run import load_for
 from fgsgd_jax.experiments._tasks import config_from_dict
 from fgsgd_jax.experiments._trainer import Trainer
 from fgsgd_jax.experiments._versions import versions
@@ -40,7 +39,7 @@ def main():
     options = parser.parse_args()
     comparison = json.loads(options.comparison.read_text())["comparison"]
     base = config_from_dict(comparison["base"])
-    data = load_for(base)
+    data = base.load()
     programs = {row: program(Trainer(row_config(row, base), data)) for row in comparison["rows"]}
     seconds = medians(side_by_side(programs, options.turns))
     found = {

@@ -21,7 +21,7 @@ import tyro
 from matplotlib.colors import to_rgb
 from rich.console import Console
 
-from fgsgd_jax.experiments import TrainConfig, Trainer, _run, load
+from fgsgd_jax.experiments import TrainConfig, Trainer, _config, _run, load
 from fgsgd_jax.experiments.__main__ import main
 from fgsgd_jax.experiments._commands import COMMANDS, _demo
 from fgsgd_jax.experiments._commands._compare import Compare
@@ -216,7 +216,7 @@ def test_an_interruption_names_its_remedy(capsys, monkeypatch):
         return capsys.readouterr().err
 
     with monkeypatch.context() as patched:
-        patched.setattr(_run, "load", interrupt)
+        patched.setattr(_config, "load", interrupt)
         # Before the run has a log there is nothing to go on with.
         assert interrupted() == "fgsgd: interrupted\n"
     monkeypatch.setattr(_run, "fit", interrupt)

@@ -12,6 +12,7 @@ import fgsgd_jax as fg
 from fgsgd_jax.experiments import TrainConfig, UsageError, rules, schedule
 from fgsgd_jax.experiments._augment import augment, padding, resolve
 from fgsgd_jax.experiments._clip import clip_groups
+from fgsgd_jax.experiments._config import Config
 from fgsgd_jax.experiments._optimizer import make_optimizer, make_plan
 from fgsgd_jax.experiments._schemes import pooled
 
@@ -51,6 +52,11 @@ def test_schemes_deal_the_manifolds_that_they_name(name, kinds, groups):
 def test_unknown_schemes_are_refused_with_what_there_is(name, said):
     with pytest.raises(UsageError, match=said):
         rules(name)
+
+
+def test_options_of_a_task_say_everything():
+    with pytest.raises(TypeError, match=r"abstract methods '?check'?, '?load'?, '?names'?, '?rate"):
+        Config("images")  # pyright: ignore
 
 
 def test_schedules_fall_as_they_should():

@@ -20,7 +20,6 @@ from ._errors import UsageError
 from ._fit import fit
 from ._log import Record, finite
 from ._rows import row_config, row_rates
-from ._run import about_data, load_for
 from ._state import TrainState
 from ._tasks import AnyConfig, config_from_dict
 from ._text import TextConfig, TextSet, hold_out_text
@@ -81,7 +80,7 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
     """
     path = folder / RESULTS
     found = read_results(path) if path.exists() else None
-    data = load_for(comparison.base)
+    data = comparison.base.load()
     header = {"comparison": comparison.to_dict(), "data": data.fingerprint(), "versions": versions()}
     made_now: Record = {}
     if found is not None:
@@ -90,7 +89,7 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
             # The file's versions are those of its first trainings.
             made_now = {"versions": header["versions"]}
             header["versions"] = found["versions"]
-    for line in about_data(comparison.base, data):
+    for line in comparison.base.about(data):
         say(line)
     results = [] if found is None else found["trainings"]
     done = {_key(record) for record in results}

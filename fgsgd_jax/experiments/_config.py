@@ -1,10 +1,23 @@
 import dataclasses
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    Self,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import tyro
 
-from ._augment import Augmentation
+from ._augment import Augmentation, resolve
+from ._data import ImageSet, load
 from ._errors import UsageError
 from ._schedules import ScheduleName
 from ._schemes import Pooling, Retraction, full_name
@@ -13,26 +26,52 @@ Gamma = Literal["glorot", "literal"] | float
 Task = Literal["images", "text"]
 
 
+@runtime_checkable
+class Data(Protocol):
+    """Images or texts in memory."""
+
+    @property
+    def name(self) -> str: ...
+
+    def summary(self) -> list[str]:
+        """What there is, and what was done to it: a line each."""
+        ...
+
+    def fingerprint(self) -> dict[str, object]:
+        """What a run writes down about its data, so that it is never resumed on other data unnoticed."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(ABC):
     """Options of a training, of whatever task: what goes to JSON and back, and what two of them differ in."""
 
     LENGTH: ClassVar[str]
     """The field that says how long the training is."""
 
+    task: Task
+
+    @abstractmethod
     def check(self) -> Self:
         """The same with every default and short name spelled out. Refuses values outside their range."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def rate(self) -> float:
         """The learning rate."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def names(self) -> tuple[str, ...]:
         """What tells this training from others: data, model, scheme."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def load(self) -> Data:
+        """The data that these options ask for."""
+
+    def about(self, data: Data) -> list[str]:
+        """What is trained and tested on, and how it is changed: what a user would want to know beforehand."""
+        return data.summary()
 
     @property
     def length(self) -> int:
@@ -63,7 +102,7 @@ class Config:
     def difference(self, other: "Config") -> str | None:
         """The first option in which two configs differ, in words."""
         if type(self) is not type(other):
-            return f"--task is {getattr(self, 'task', None)}, was {getattr(other, 'task', None)}"
+            return f"--task is {self.task}, was {other.task}"
         for field in dataclasses.fields(self):
             mine, others = self.named(field.name), other.named(field.name)
             if mine != others:
@@ -184,6 +223,26 @@ class TrainConfig(Config):
     @property
     def names(self) -> tuple[str, ...]:
         return Path(self.data).expanduser().name, self.model, full_name(self.scheme)
+
+    def load(self) -> ImageSet:
+        return load(
+            self.data,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            image_size=self.image_size,
+            limit_train=self.limit_train,
+            limit_test=self.limit_test,
+            validation=self.validation,
+        )
+
+    def about(self, data: Data) -> list[str]:
+        augmentation = resolve(self.augment, self.data)
+        words = {"none": "none", "crop": "random crops", "crop-flip": "random crops, mirrored half of the time"}[
+            augmentation
+        ]
+        if self.augment == "auto" and augmentation == "crop-flip":
+            words += " (--augment crop where a mirrored image is another thing, as of digits)"
+        return [*data.summary(), f"augmentation: {words}"]
 
     def named(self, field: str) -> Any:
         value = getattr(self, field)

@@ -11,10 +11,9 @@ from rich.console import Console
 import fgsgd_jax as fg
 
 from . import _processes as processes
-from ._augment import resolve
 from ._checkpoints import Checkpoints
-from ._config import TrainConfig
-from ._data import ImageSet, data_difference, load
+from ._config import Data, TrainConfig
+from ._data import data_difference
 from ._errors import UsageError, resume_command
 from ._fit import Report, fit
 from ._log import MetricsLog, Record
@@ -24,15 +23,12 @@ from ._progress import ProgressDisplay
 from ._schedules import CONSTANT
 from ._state import Glance, TrainState
 from ._tasks import AnyConfig, config_from_dict
-from ._text import TextConfig, TextSet, TextTask, continued, load_text
+from ._text import TextConfig
 from ._trainer import Trainer
 from ._versions import versions
 from ._words import words_of
 
 LOG, CHECKPOINTS, PICTURE, SCALES, SAMPLE = "metrics.jsonl", "checkpoints", "picture.png", "scales.png", "sample.txt"
-
-# Bytes of the test that a model of text goes on from, and bytes that it writes.
-PROMPT, WRITTEN = 64, 400
 
 
 class Result(NamedTuple):
@@ -88,7 +84,7 @@ def run(
         refuse_taken(folder)
         # Before any of the processes makes it a folder that is taken.
         processes.meet("new run")
-    trainer = trainer or Trainer(config, load_for(config))
+    trainer = trainer or Trainer(config, config.load())
     if difference := config.difference(dataclasses.replace(trainer.config, seed=config.seed)):
         raise ValueError(f"the trainer has other options than the run: {difference}")
     log = MetricsLog(folder / LOG, writes=processes.is_first())
@@ -99,7 +95,7 @@ def run(
         header = {"config": config.to_dict(), "data": trainer.data.fingerprint(), "versions": versions()}
         _create(log, header)
 
-    for line in about_data(config, trainer.data):
+    for line in config.about(trainer.data):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     report = _with_bounds(trainer, Measurer(trainer, state.params)) if report_bounds else trainer.report
 
@@ -119,7 +115,7 @@ def run(
             state = fit(trainer, state, observer, checkpoint_every, report)
     finally:
         checkpoints.close()
-    sample = _sampled(trainer, state)
+    sample = trainer.task.sample(trainer.devices.own(state.params))
     if processes.is_first():
         draw({", ".join(config.names[1:]): records}, folder / PICTURE, words_of(config))
         if isinstance(config, TrainConfig) and config.lambda_ != "off":
@@ -129,56 +125,11 @@ def run(
     return Result(folder, records, state, sample)
 
 
-def _sampled(trainer: Trainer, state: TrainState) -> str | None:
-    """A paragraph by a model of text, behind the beginning of the test."""
-    task = trainer.task
-    if not isinstance(task, TextTask):
-        return None
-    prompt = task.data.test[0][:PROMPT]
-    own = trainer.devices.own(state.params)
-    written = continued(task.model, own, prompt, WRITTEN, task.predictions)
-    return prompt.tobytes().decode(errors="replace") + written
-
-
 def _with_bounds(trainer: Trainer, measurer: Measurer) -> Report:
     def report(state: TrainState, plan: fg.Plan | None) -> Record:
         return trainer.report(state, plan) | {"bounds": measurer(state, plan).record()}
 
     return report
-
-
-def load_for(config: AnyConfig) -> Any:
-    """The images or texts that a training's options ask for."""
-    if isinstance(config, TextConfig):
-        return load_text(
-            config.data,
-            held_out=config.held_out,
-            text_column=config.text_column,
-            limit_train=config.limit_train,
-            validation=config.validation,
-        )
-    return load(
-        config.data,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        image_size=config.image_size,
-        limit_train=config.limit_train,
-        limit_test=config.limit_test,
-        validation=config.validation,
-    )
-
-
-def about_data(config: AnyConfig, data: ImageSet | TextSet) -> list[str]:
-    """What is trained and tested on, and how the images are changed: what a user would want to know beforehand."""
-    if not isinstance(config, TrainConfig):
-        return data.summary()
-    augmentation = resolve(config.augment, config.data)
-    words = {"none": "none", "crop": "random crops", "crop-flip": "random crops, mirrored half of the time"}[
-        augmentation
-    ]
-    if config.augment == "auto" and augmentation == "crop-flip":
-        words += " (--augment crop where a mirrored image is another thing, as of digits)"
-    return [*data.summary(), f"augmentation: {words}"]
 
 
 def refuse_taken(folder: Path) -> None:
@@ -262,7 +213,7 @@ class _Keeper:
         self._checkpoints.save(step, state, self._about)
 
 
-def _take_up(log: MetricsLog, config: AnyConfig, data: ImageSet | TextSet) -> None:
+def _take_up(log: MetricsLog, config: AnyConfig, data: Data) -> None:
     """Refuse other data, and write down how long the run is now to be."""
     header, records = log.read()
     if difference := data_difference(data.fingerprint(), header.get("data") or {}):

@@ -71,6 +71,10 @@ class Task(Protocol):
         """The same for examples of the test."""
         ...
 
+    def sample(self, params: Any) -> str | None:
+        """What a trained model makes, where that can be shown in words."""
+        ...
+
 
 class ImageTask:
     """Images and their classes."""
@@ -120,6 +124,9 @@ class ImageTask:
     def test_batch(self, data: DeviceSplit, rows: Array) -> tuple[Float[Array, "n _ _ _"], Int32[Array, " n"]]:
         images, labels = self._devices.shared((data.images[rows], data.labels[rows]))
         return normalize(images, data), labels
+
+    def sample(self, params: Any) -> None:
+        del params
 
 
 def make_task(config: AnyConfig, data: Any, devices: Devices) -> Task:

@@ -37,7 +37,7 @@ class Trainer:
 
         Args:
             config: the training's options, of images or text.
-            data: what `load_for` gave for them.
+            data: what the options' own `load` gave.
 
         Raises:
             UsageError: the options do not fit the data or the network.

@@ -36,4 +36,4 @@ WORDS = {
 
 def words_of(config: Config) -> Words:
     """The words for a config's task."""
-    return WORDS[getattr(config, "task", "images")]
+    return WORDS[config.task]

@@ -21,7 +21,7 @@ from .._data import data_difference
 from .._errors import UsageError, resume_command
 from .._log import MetricsLog
 from .._measures import FORMS, PAPERS, Measurer, Measures, log10
-from .._run import CHECKPOINTS, LOG, load_for
+from .._run import CHECKPOINTS, LOG
 from .._tasks import config_from_dict
 from .._trainer import Trainer
 from ._command import Command
@@ -91,7 +91,7 @@ def measured(folder: Path, step: int | None) -> tuple[int, TrainConfig, Measures
         config = config_from_dict(about["config"])
         if not isinstance(config, TrainConfig):
             raise UsageError(f"the run in {folder} is of text; the bounds are those of networks for images")
-        data = load_for(config)
+        data = config.load()
         if difference := data_difference(data.fingerprint(), header.get("data") or {}):
             raise UsageError(
                 f"data {data.name!r} is not what the run in {folder} was trained on ({difference}); bring that back"

@@ -14,7 +14,6 @@ from .._demo_picture import draw_demo
 from .._errors import UsageError
 from .._log import Record, finite
 from .._paired import paired_difference
-from .._run import about_data, load_for
 from .._trainer import Trainer
 from .._versions import versions
 from ._command import Command
@@ -60,8 +59,10 @@ class Demo(Command):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} already holds something; give another --run-dir")
         configs = {name: TrainConfig(epochs=self.epochs, **SETTING, **row).check() for name, row in ROWS.items()}
-        data = load_for(next(iter(configs.values())))
-        for line in about_data(next(iter(configs.values())), data):
+        # They are of one set of data.
+        shared = next(iter(configs.values()))
+        data = shared.load()
+        for line in shared.about(data):
             console.print(line, highlight=False, soft_wrap=True)
         console.print(
             f"{2 * self.seeds} trainings of {self.epochs} steps, the same seeds for both: two minutes on two cores",

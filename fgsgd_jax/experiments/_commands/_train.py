@@ -36,7 +36,7 @@ class Train(Command):
         """That of the task, which a run to be resumed knows itself."""
         task, folder = given(options, "--task"), given(options, "--run-dir")
         if task is None and folder is not None and "--resume" in options and (Path(folder) / LOG).is_file():
-            task = getattr(stored_config(Path(folder)), "task", None)
+            task = stored_config(Path(folder)).task
         if task is not None and task not in CONFIGS:
             raise unknown("task", task, CONFIGS)
         return TextTrain if task == "text" else cls
@@ -48,7 +48,7 @@ class Train(Command):
         folder = self.folder()
         stored: Config = stored_config(folder)
         if not isinstance(stored, type(self.config)):
-            raise UsageError(f"the run in {folder} is of --task {getattr(stored, 'task', None)}; leave --task out")
+            raise UsageError(f"the run in {folder} is of --task {stored.task}; leave --task out")
         return type(self)(config=stored, run_dir=folder)
 
     def folder(self) -> Path:

@@ -8,6 +8,7 @@ from .._config import Config, Task
 from .._errors import UsageError
 from .._schedules import ScheduleName
 from .._schemes import Retraction
+from ._corpus import TextSet, load_text
 
 Optimizer = Literal["adamw", "muon", "hyperball", "muon-hyperball", "spel", "manifold-muon", "on-manifolds", "fgsgd"]
 Scheme = Literal["auto", "euc", "spheres", "stiefel", "heads", "oblique", "po-heads", "pio-tiles"]
@@ -140,6 +141,15 @@ class TextConfig(Config):
     def names(self) -> tuple[str, ...]:
         scheme = SCHEME_OF[self.optimizer] if self.scheme == "auto" else self.scheme
         return Path(self.data).expanduser().name, f"gpt{self.layers}x{self.width}", self.optimizer, scheme
+
+    def load(self) -> TextSet:
+        return load_text(
+            self.data,
+            held_out=self.held_out,
+            text_column=self.text_column,
+            limit_train=self.limit_train,
+            validation=self.validation,
+        )
 
     def named(self, field: str) -> Any:
         return getattr(self.check(), field) if field in ("scheme", "lr") else getattr(self, field)

@@ -16,8 +16,12 @@ from ._corpus import TextSet
 from ._gpt import GPTShape, build_gpt
 from ._optimizers import make_text_optimizer
 from ._rules import text_rules
+from ._sample import continued
 
 VOCABULARY = 256
+
+# Bytes of the test that a model goes on from, and bytes that it writes.
+PROMPT, WRITTEN = 64, 400
 
 
 class DeviceText(NamedTuple):
@@ -91,6 +95,13 @@ class TextTask:
 
     def test_batch(self, data: DeviceText, rows: Array) -> tuple[Array, Array]:
         return self._passages(data.tokens, data.starts[rows])
+
+    def sample(self, params: Any) -> str:
+        """The beginning of the test, and what the model writes behind it."""
+        prompt = self.data.test[0][:PROMPT]
+        return prompt.tobytes().decode(errors="replace") + continued(
+            self.model, params, prompt, WRITTEN, self.predictions
+        )
 
     def _passages(self, tokens: Array, starts: Array) -> tuple[Int32[Array, "n length"], Int32[Array, "n length"]]:
         places = starts[:, None] + jnp.arange(self.predictions + 1, dtype=jnp.int32)[None]
