@@ -287,5 +287,6 @@ def test_the_picture_reaches_down_to_the_rows(errors, lowest, tmp_path, monkeypa
     limits = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: limits.append(figure.axes[0].get_ylim()))
     training = {"row": "euc", "stage": "test", "seed": 0, "error": 50.0, "train_error": errors}
-    draw({"comparison": {"rows": ["euc"], "seeds": 1}, "trainings": [training]}, tmp_path / "picture.png")
+    comparison = {"rows": ["euc"], "seeds": 1, "base": TrainConfig().to_dict()}
+    draw({"comparison": comparison, "trainings": [training]}, tmp_path / "picture.png")
     assert limits == [(lowest, 100)]

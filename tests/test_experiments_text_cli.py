@@ -6,12 +6,13 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 pytest.importorskip("tyro")
 from fgsgd_jax.experiments import TextConfig
 from fgsgd_jax.experiments.__main__ import main
 from fgsgd_jax.experiments._compare import chosen_rate
-from fgsgd_jax.experiments._comparison_report import report
+from fgsgd_jax.experiments._comparison_report import draw, report
 from fgsgd_jax.experiments._paired import paired_difference
 from fgsgd_jax.experiments._rows import TEXT_ROWS, check_rows, row_config, row_name, row_rates
 
@@ -140,6 +141,15 @@ def test_a_comparison_tunes_by_loss_reports_and_goes_on_where_it_was(place, refu
     assert "holds another comparison (--momentum is 0.5, was 0.95)" in refused(*COMPARE, "--momentum", "0.5")
     (place / "book.txt").write_bytes((place / "book.txt").read_bytes()[::-1])
     assert "holds a comparison on other data (training text: 2808 with checksum" in refused(*COMPARE)
+
+
+def test_a_losss_place_in_the_picture_is_the_middle_of_its_steps(tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: places.append(figure.axes[0].lines[0].get_xdata()))
+    training = {"row": "adamw", "stage": "test", "seed": 0, "loss": 1.0, "train_loss": [3.0, 2.0, 1.0]}
+    base = TextConfig(steps=10, report_every=4).to_dict()
+    draw({"comparison": {"rows": ["adamw"], "seeds": 1, "base": base}, "trainings": [training]}, tmp_path / "out.png")
+    np.testing.assert_array_equal(places, [[2, 6, 9]])
 
 
 def test_the_findings_quote_the_published_comparisons():

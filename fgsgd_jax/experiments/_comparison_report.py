@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from ._compare import chosen_rate, criterion_of
 from ._config import Config
 from ._paired import CONFIDENCE, RESAMPLES, paired_difference
-from ._picture import COLOURS
+from ._picture import COLOURS, ERROR_TICKS
 from ._rows import row_rates
 from ._tasks import config_from_dict
 from ._text import TextConfig
@@ -116,13 +116,12 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
 def _scale_of_errors(axes: Axes) -> None:
     """Logarithmic, and linear below 1 %."""
     axes.set_yscale("symlog", linthresh=1)
-    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
-    axes.set_yticks(ticks)
+    axes.set_yticks(ERROR_TICKS)
     # Down to what the rows reach. A training that diverged has no numbers.
     lowest = min(
         (error for line in axes.lines for error in np.asarray(line.get_ydata(), float) if error >= 0), default=0
     )
-    axes.set_ylim(max(tick for tick in ticks[:-1] if tick <= lowest), 100)
+    axes.set_ylim(max(tick for tick in ERROR_TICKS[:-1] if tick <= lowest), 100)
     axes.yaxis.set_major_formatter("{x:g}")
 
 
@@ -183,7 +182,7 @@ def _content(found: Mapping[str, Any]) -> list[str]:
             for split, words in (("train", "train on"), ("test", "test on"))
         )
         return [
-            f"Data: {', '.join(sizes)}, in whole files. All rows are tested on the same passages of the latter.",
+            f"Data: {', '.join(sizes)}. All rows are tested on the same passages of the latter.",
             "",
         ]
     parts = (
@@ -211,7 +210,7 @@ def _versions(versions: Mapping[str, str]) -> str:
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """The rows' training error (or loss, on text) over the epochs (steps), and that of each seed's test."""
     comparison, trainings = found["comparison"], _asked(found)
-    base = config_from_dict(comparison.get("base", {}))
+    base = config_from_dict(comparison["base"])
     text, criterion = isinstance(base, TextConfig), criterion_of(base)
     rows = [row for row in comparison["rows"] if _tests(trainings, row)]
     # A line of the legend, and one of the test errors, for every row.
@@ -224,7 +223,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         axis = np.arange(1, errors.shape[1] + 1)
         if isinstance(base, TextConfig):
             # A stretch's loss is that of its middle.
-            axis = np.minimum(axis * base.report_every, base.steps) - base.report_every / 2
+            ends = np.minimum(axis * base.report_every, base.steps)
+            axis = (ends + (axis - 1) * base.report_every) / 2
         epochs.plot(axis, np.mean(errors, axis=0), style, color=colour, label=row)
         tested = np.array(_numbers(t[criterion] for t in _tests(trainings, row)))
         tests.plot(tested, np.full(len(tested), number), "o", color=colour, alpha=0.4)

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ._paired import paired_difference
-from ._picture import COLOURS
+from ._picture import COLOURS, ERROR_TICKS
 
 Trainings = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -55,7 +55,7 @@ def _draw_curves(axes: Axes, trainings: Trainings) -> None:
             if key == "test_error":
                 axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])
+    axes.set_yticks(ERROR_TICKS)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 100)
     axes.set(title="Error over the training: mean, and the range of the seeds", xlabel="step", ylabel="%")

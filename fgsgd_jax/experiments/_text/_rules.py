@@ -7,7 +7,7 @@ import fgsgd_jax as fg
 
 from .._schemes import Retraction, Rules
 from ._config import Scheme
-from ._gpt import GPTShape
+from ._gpt import EXPANSION, GPTShape
 
 SCHEMES = tuple(name for name in get_args(Scheme) if name != "auto")
 
@@ -31,7 +31,7 @@ def text_rules(scheme: Scheme, shape: GPTShape, retraction: Retraction = "polar"
     """
     if scheme == "euc":
         return None
-    width, head, up = shape.width, shape.head_dim, math.sqrt(4)
+    width, head, up = shape.width, shape.head_dim, math.sqrt(EXPANSION)
 
     def stiefel(radius: float = 1.0) -> fg.Stiefel:
         return fg.Stiefel(radius=radius, retraction=retraction)
@@ -59,7 +59,7 @@ def text_rules(scheme: Scheme, shape: GPTShape, retraction: Retraction = "polar"
         in_heads = fg.PO([sphere, fg.Oblique(radius=1.0), stiefel()], view="e h d -> 1 h e d")
         out_heads = fg.PI([sphere, fg.Oblique(radius=math.sqrt(head / width)), stiefel()], view="h d e -> h 1 d e")
     elif scheme == "pio-tiles":
-        wide, tall = (_tiles(inputs, head, stiefel) for inputs in (width, 4 * width))
+        wide, tall = (_tiles(inputs, head, stiefel) for inputs in (width, EXPANSION * width))
     return [
         ("embed/embedding", fg.Each(fg.Sphere(radius=1.0), view="rows")),
         (into_heads, in_heads),
