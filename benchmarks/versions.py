@@ -11,9 +11,9 @@ lower and compile the update or the step, the least of a few.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,15 +32,12 @@ def cases():
     import jax
     import kernels
     import updates
+    from peers import own_step
 
     import fgsgd_jax as fg
 
-    try:
-        from peers import own_step
-    except ImportError:
-        # Version 0.1 has no floor of kernels: its manifolds' own maps are as fast.
-        def own_step(manifold, x, g):
-            return manifold.retract(x, -manifold.project(x, g))
+    # Version 0.1 has no floor of kernels: its manifolds' own maps are as fast.
+    take = own_step if importlib.util.find_spec("fgsgd_jax.kernels") else step_by_maps
 
     def update(network, rules):
         params, grads, plan = updates.example(network.shapes, rules)
@@ -49,7 +46,7 @@ def cases():
 
     def step(manifold, shape):
         x, gs = kernels._arguments(manifold, shape)
-        return functools.partial(own_step, manifold), (jax.device_put(x), jax.device_put(gs[0]))
+        return functools.partial(take, manifold), (jax.device_put(x), jax.device_put(gs[0]))
 
     made = {
         f"{case}, {name}": (update, network, rules)
@@ -57,6 +54,10 @@ def cases():
         for name, rules in network.rules.items()
     }
     return made | {case: (step, *about) for case, about in kernels.CASES.items()}
+
+
+def step_by_maps(manifold, x, g):
+    return manifold.retract(x, -manifold.project(x, g))
 
 
 class Child:
@@ -145,6 +146,8 @@ def git(*words: str) -> str:
 
 def measured(case: str, versions: dict[str, Version], turns: int) -> dict:
     """The figures of a row."""
+    from timing import medians, ratio
+
     compiled = {name: version.ask("compile", case) for name, version in versions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in versions}
     begun = time.perf_counter()
@@ -154,11 +157,10 @@ def measured(case: str, versions: dict[str, Version], turns: int) -> dict:
         # Each begins as often as the other.
         for name in VERSIONS if turn % 2 else reversed(VERSIONS):
             seconds[name].append(versions[name].ask("run"))
-    pairs = zip(seconds["after"], seconds["before"], strict=True)
     return {
-        "ratio": statistics.median(after / before for after, before in pairs),
+        "ratio": ratio(seconds, "after", "before"),
         "compile ratio": compiled["after"] / compiled["before"],
-        "median": {name: statistics.median(each) for name, each in seconds.items()},
+        "median": medians(seconds),
         "compile": compiled,
         "seconds": seconds,
     }
