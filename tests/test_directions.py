@@ -149,7 +149,7 @@ def test_dual_is_steeper_than_the_tangent_part_of_polar():
 
 
 def test_dual_takes_tens_to_hundreds_of_times_the_products(monkeypatch):
-    """As its docstrings say: each turn has two msigns, of which "polar" has one, and as many projections again."""
+    """As its docstrings say: a turn has two msigns and three projections, "polar" one of each."""
     turns, loop = [], _tangent_ball.lax.while_loop
 
     def counted(*args):
@@ -160,7 +160,7 @@ def test_dual_takes_tens_to_hundreds_of_times_the_products(monkeypatch):
     monkeypatch.setattr(_tangent_ball, "lax", types.SimpleNamespace(while_loop=counted))
     x, g = map(jnp.asarray, examples("stiefel", (4, 6, 4)))
     fg.Stiefel().steepest(x, g, "dual")
-    assert 10 <= turns[0] <= 300
+    assert 10 <= turns[0] < 300
 
 
 def test_dual_in_float32_and_of_hard_gradients():
