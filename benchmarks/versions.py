@@ -1,6 +1,6 @@
 """This checkout beside an earlier commit, on one core and in turns: whole updates, kernels, and compile times.
 
-    .venv-bench/bin/python benchmarks/versions.py 86f9b77        # into results/cpu/versions.json
+    .venv-bench/bin/python benchmarks/versions.py 86f9b77        # into results/versions.json
     .venv-bench/bin/python benchmarks/versions.py 86f9b77 --only ResNet-20 "St(512, 128)" --turns 5
 
 The programs are those of `updates.py` and `kernels.py`. Each version has a process of its own, which waits while the
@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# Not in the folder of a device: what lies there is a part of bench.py, and in its tables.
+RESULTS = HERE / "results" / "versions.json"
 VERSIONS = ("before", "after")
 # Seconds for the turns of a case; of compilations that take longer than this, one is enough.
 AT_MOST, LONG = 40.0, 20.0
@@ -182,7 +184,7 @@ def main() -> None:
         parser.error("name the earlier commit")
     from record import Record
 
-    record = Record(HERE / "results" / "cpu" / "versions.json")
+    record = Record(RESULTS)
     commits = {"before": git("rev-parse", "--short", options.commit), "after": git("rev-parse", "--short", "HEAD")}
     with checkout(options.commit) as root:
         versions = dict(zip(VERSIONS, (Version(root), Version(HERE.parent)), strict=True))

@@ -117,7 +117,7 @@ def tiny_versions(monkeypatch):
     return {name: Here() for name in versions.VERSIONS}
 
 
-def test_versions(tiny_versions):
+def test_versions(tiny_versions, record, tmp_path):
     here = tiny_versions["after"]
     assert here.ask("names") == ["tiny, spheres", *TINY]
     assert Path(here.ask("root")) == ROOT
@@ -128,6 +128,11 @@ def test_versions(tiny_versions):
         assert row["ratio"] == sorted(a / b for a, b in zip(after, before, strict=True))[1]
         assert row["median"]["after"] == sorted(after)[1]
         assert row["compile ratio"] == row["compile"]["after"] / row["compile"]["before"] > 0
+        record("versions").row(case, "fgsgd_jax", **row, commits={})
+    (written,) = json.loads((tmp_path / "here" / "versions.json").read_text())["rows"]
+    assert set(written) >= FIELDS
+    # In the folder of a device it would be a part of bench.py.
+    assert versions.RESULTS.parent == tables.RESULTS
 
 
 def test_versions_without_a_floor_of_kernels(tiny_versions, monkeypatch):
