@@ -3,7 +3,8 @@
     .venv-bench/bin/python benchmarks/versions.py 86f9b77        # into results/versions.json
     .venv-bench/bin/python benchmarks/versions.py 86f9b77 --only ResNet-20 "St(512, 128)" --turns 5
 
-The programs are those of `updates.py` and `kernels.py`. Each version has a process of its own, which waits while the
+The programs are the updates of `updates.py`, and of the matrices of `kernels.py` the displacement that an update finds
+and a step by the manifold's public maps. Each version has a process of its own, which waits while the
 other runs. Times are medians; ratios are medians of the ratios within a turn. Compile times are CPU seconds to trace,
 lower and compile the update or the step, the least of a few.
 """
@@ -34,32 +35,37 @@ def cases():
     import jax
     import kernels
     import updates
-    from peers import own_step
+    from peers import own_displacement
 
     import fgsgd_jax as fg
 
-    # Version 0.1 has no floor of kernels: its manifolds' own maps are as fast.
-    take = own_step if importlib.util.find_spec("fgsgd_jax.kernels") else step_by_maps
+    # Version 0.1 has no floor of kernels: its updates call the public maps.
+    of_update = own_displacement if importlib.util.find_spec("fgsgd_jax.kernels") else displacement_by_maps
 
     def update(network, rules):
         params, grads, plan = updates.example(network.shapes, rules)
         tx = fg.fgsgd(updates.RATE, plan, momentum=updates.MOMENTUM)
         return tx.update, (grads, tx.init(params), params)
 
-    def step(manifold, shape):
+    def step(function, manifold, shape):
         x, gs = kernels._arguments(manifold, shape)
-        return functools.partial(take, manifold), (jax.device_put(x), jax.device_put(gs[0]))
+        return functools.partial(function, manifold), (jax.device_put(x), jax.device_put(gs[0]))
 
     made = {
         f"{case}, {name}": (update, network, rules)
         for case, network in updates.NETWORKS.items()
         for name, rules in network.rules.items()
     }
-    return made | {case: (step, *about) for case, about in kernels.CASES.items()}
+    made |= {case: (step, of_update, *about) for case, about in kernels.CASES.items()}
+    return made | {f"{case}, by maps": (step, step_by_maps, *about) for case, about in kernels.CASES.items()}
 
 
 def step_by_maps(manifold, x, g):
     return manifold.retract(x, -manifold.project(x, g))
+
+
+def displacement_by_maps(manifold, x, g):
+    return step_by_maps(manifold, x, g) - x
 
 
 class Child:
