@@ -12,7 +12,7 @@ from ..linalg import squared_norm
 from ..manifolds import compute_dtype
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, started
-from ._on_manifolds import on_manifolds
+from ._on_manifolds import wrapped
 from ._rescaling import InitialRadii, Rescaling, options
 from ._states import ByPath
 from ._zeta import Scalar
@@ -90,7 +90,7 @@ def riemannian_adam(
     plan = as_rules(plan)
     rescaling, initial_radii = options("fg.riemannian_adam", rescaling, initial_radii, old)
     inner = optax.chain(_scale_by_riemannian_adam(plan, b1, b2, eps), optax.scale_by_learning_rate(learning_rate))
-    return on_manifolds(inner, plan, rescaling=rescaling, initial_radii=initial_radii, share_out=share_out)
+    return wrapped("fg.riemannian_adam", inner, plan, rescaling, initial_radii, share_out)
 
 
 def _scale_by_riemannian_adam(
