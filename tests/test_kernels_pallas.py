@@ -307,6 +307,10 @@ def test_kernels_are_refused_with_path_and_reason():
         lowered("tpu", kernels="pallas")
     with pytest.raises(ValueError, match=r"a: .*shardings="):
         lowered("tpu", over(4), "abc", kernels="pallas")
+    everywhere = over(4)
+    for wrong in (everywhere.spec, {"a": everywhere.spec}, [everywhere]):
+        with pytest.raises(ValueError, match=r"fg.fgsgd: shardings has .* a tree of them like the parameters"):
+            lowered("tpu", everywhere, "abc", shardings=wrong)
     with pytest.raises(ValueError, match="a: entries of one matrix"):
         lowered("cuda", over(3, "channels"), "abc", kernels="pallas", shardings=over(3, "channels"))
     assert kernels_in(lowered("tpu", paths="abc", kernels="pallas"))[1] == 3
