@@ -148,8 +148,8 @@ def fgsgd(
                 is_tangent=momenta is None,
                 share_out=share_out,
             )
-            displacements = algorithm.apart(plan, displacements)
-            momenta = None if momenta is None else algorithm.apart(plan, momenta)
+            displacements = algorithm.unpacked(plan, displacements)
+            momenta = None if momenta is None else algorithm.unpacked(plan, momenta)
             return Descent(displacements, momenta, zeta.zeta_share, zeta.grad_norm, ratio, refused)
 
         def lines_5_to_8(step: Step, before: ScaleState, feature_moments: Any) -> tuple[Descent, ScaleState]:

@@ -108,7 +108,7 @@ def wrapped(
                 new_radii=after.radii if rescaling.measures else None,
                 share_out=share_out,
             )
-            return algorithm.apart(call.plan, displacements), after, ratio.astype(state.step_ratio.dtype)
+            return algorithm.unpacked(call.plan, displacements), after, ratio.astype(state.step_ratio.dtype)
 
         own, points = state._replace(inner=None), call.constrained
         gradients = {path: call.leaves[path] for path in points}

@@ -87,7 +87,7 @@ def rescaled(
             after = scale.advance(before, kinds, feature_moments)
             points, moves = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
             reached = algorithm.rescale(call.plan, kinds, points, moves, after.radii)
-            return algorithm.apart(call.plan, reached), after
+            return algorithm.unpacked(call.plan, reached), after
 
         like = call.constrained, before
         displacements, after = automatic(

@@ -110,7 +110,7 @@ def _scale_by_riemannian_adam(
         def carried(kinds: Stacks, points: ByPath, moments: ByPath) -> ByPath:
             points, moments = algorithm.packed(call.plan, points, moments)
             radii = algorithm.radii_of(call.plan, kinds, points)
-            return algorithm.apart(call.plan, algorithm.project(call.plan, kinds, radii, points, moments).tangents)
+            return algorithm.unpacked(call.plan, algorithm.project(call.plan, kinds, radii, points, moments).tangents)
 
         def of_matrices(kinds: Stacks, gradients: ByPath) -> ByPath:
             """‖g‖_F² in every entry of a constrained matrix, g² in those of a Euclidean one."""
@@ -121,7 +121,7 @@ def _scale_by_riemannian_adam(
                 on = algorithm.mixture_of(bucket, kind).constrained(jnp.ones_like(total)) > 0
                 square = jnp.where(on[..., None, None], total[..., None, None], jnp.square(g))
                 squares |= algorithm.tensors_of(bucket, square, gradients)
-            return algorithm.apart(call.plan, squares)
+            return algorithm.unpacked(call.plan, squares)
 
         points = call.constrained
         moments = {path: mu[path] for path in points}
