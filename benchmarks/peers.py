@@ -14,8 +14,6 @@ import numpy as np
 from timing import cores
 
 import fgsgd_jax as fg
-from fgsgd_jax import kernels
-from fgsgd_jax.manifolds import Mixture
 
 # Optax's Muon iteration, with the coefficients and the number of steps that optax.contrib.muon takes by default.
 _MUON = (3.4445, -4.7750, 2.0315)
@@ -51,9 +49,18 @@ def steps(manifold: fg.Manifold, shape: tuple[int, ...]) -> Iterator[tuple[str, 
 
 
 def own_step(manifold: fg.Manifold, x: jax.Array, g: jax.Array) -> jax.Array:
-    """As an update does it: lines 5 and 7 with the displacement added."""
+    """As an update does it, with the displacement added."""
+    return x + own_displacement(manifold, x, g)
+
+
+def own_displacement(manifold: fg.Manifold, x: jax.Array, g: jax.Array) -> jax.Array:
+    """Lines 5 and 7, by the kernels of an update."""
+    # Version 0.1, which versions.py measures with this file, has neither.
+    from fgsgd_jax import kernels
+    from fgsgd_jax.manifolds import Mixture
+
     (displacement,), _ = kernels.step([Mixture((manifold,), None)], [x], [g], factor=-1.0)
-    return x + displacement
+    return displacement
 
 
 def violation(manifold: fg.Manifold, x: np.ndarray) -> float:

@@ -106,7 +106,7 @@ def ratios(results: Results) -> str:
 
 def cost(results: Results) -> str:
     """What the update takes of a training step, and beside Optax's: the few figures that a reader asks for first."""
-    lines = []
+    lines, versions = [], {row["versions"]["fgsgd-jax"] for row in results.rows("updates")}
     for case in ("ResNet-20", "ResNet-110", "ResNet-50", "GPT-2 small"):
         for row in (row for row in results.rows("updates", case=case) if row["name"].startswith("fgsgd, ")):
             share = results.value("steps", row["case"], "update alone", "of a step")
@@ -118,8 +118,9 @@ def cost(results: Results) -> str:
                     number(row["compile"], 2),
                 ]
             )
-    header = ["network, constraint", "of a training step", "update, optax.sgd = 1", "optax.contrib.muon = 1"]
-    return markdown([*header, "compiles in, s"], lines)
+    first = f"network, constraint (version {', '.join(sorted(versions))})"
+    header = [first, "of a training step", "update, optax.sgd = 1", "optax.contrib.muon = 1", "compiles in, s"]
+    return markdown(header, lines)
 
 
 def kernels(results: Results) -> str:

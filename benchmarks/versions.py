@@ -1,9 +1,10 @@
 """This checkout beside an earlier commit, on one core and in turns: whole updates, kernels, and compile times.
 
-    .venv-bench/bin/python benchmarks/versions.py 86f9b77        # into results/cpu/versions.json
+    .venv-bench/bin/python benchmarks/versions.py 86f9b77        # into results/versions.json
     .venv-bench/bin/python benchmarks/versions.py 86f9b77 --only ResNet-20 "St(512, 128)" --turns 5
 
-The programs are those of `updates.py` and `kernels.py`. Each version has a process of its own, which waits while the
+The programs are the updates of `updates.py`, and of the matrices of `kernels.py` the displacement that an update finds
+and a step by the manifold's public maps. Each version has a process of its own, which waits while the
 other runs. Times are medians; ratios are medians of the ratios within a turn. Compile times are CPU seconds to trace,
 lower and compile the update or the step, the least of a few.
 """
@@ -11,9 +12,9 @@ lower and compile the update or the step, the least of a few.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# Not in the folder of a device: what lies there is a part of bench.py, and in its tables.
+RESULTS = HERE / "results" / "versions.json"
 VERSIONS = ("before", "after")
 # Seconds for the turns of a case; of compilations that take longer than this, one is enough.
 AT_MOST, LONG = 40.0, 20.0
@@ -32,31 +35,37 @@ def cases():
     import jax
     import kernels
     import updates
+    from peers import own_displacement
 
     import fgsgd_jax as fg
 
-    try:
-        from peers import own_step
-    except ImportError:
-        # Version 0.1 has no floor of kernels: its manifolds' own maps are as fast.
-        def own_step(manifold, x, g):
-            return manifold.retract(x, -manifold.project(x, g))
+    # Version 0.1 has no floor of kernels: its updates call the public maps.
+    of_update = own_displacement if importlib.util.find_spec("fgsgd_jax.kernels") else displacement_by_maps
 
     def update(network, rules):
         params, grads, plan = updates.example(network.shapes, rules)
         tx = fg.fgsgd(updates.RATE, plan, momentum=updates.MOMENTUM)
         return tx.update, (grads, tx.init(params), params)
 
-    def step(manifold, shape):
+    def step(function, manifold, shape):
         x, gs = kernels._arguments(manifold, shape)
-        return functools.partial(own_step, manifold), (jax.device_put(x), jax.device_put(gs[0]))
+        return functools.partial(function, manifold), (jax.device_put(x), jax.device_put(gs[0]))
 
     made = {
         f"{case}, {name}": (update, network, rules)
         for case, network in updates.NETWORKS.items()
         for name, rules in network.rules.items()
     }
-    return made | {case: (step, *about) for case, about in kernels.CASES.items()}
+    made |= {case: (step, of_update, *about) for case, about in kernels.CASES.items()}
+    return made | {f"{case}, by maps": (step, step_by_maps, *about) for case, about in kernels.CASES.items()}
+
+
+def step_by_maps(manifold, x, g):
+    return manifold.retract(x, -manifold.project(x, g))
+
+
+def displacement_by_maps(manifold, x, g):
+    return step_by_maps(manifold, x, g) - x
 
 
 class Child:
@@ -145,6 +154,8 @@ def git(*words: str) -> str:
 
 def measured(case: str, versions: dict[str, Version], turns: int) -> dict:
     """The figures of a row."""
+    from timing import medians, ratio
+
     compiled = {name: version.ask("compile", case) for name, version in versions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in versions}
     begun = time.perf_counter()
@@ -154,11 +165,10 @@ def measured(case: str, versions: dict[str, Version], turns: int) -> dict:
         # Each begins as often as the other.
         for name in VERSIONS if turn % 2 else reversed(VERSIONS):
             seconds[name].append(versions[name].ask("run"))
-    pairs = zip(seconds["after"], seconds["before"], strict=True)
     return {
-        "ratio": statistics.median(after / before for after, before in pairs),
+        "ratio": ratio(seconds, "after", "before"),
         "compile ratio": compiled["after"] / compiled["before"],
-        "median": {name: statistics.median(each) for name, each in seconds.items()},
+        "median": medians(seconds),
         "compile": compiled,
         "seconds": seconds,
     }
@@ -180,7 +190,7 @@ def main() -> None:
         parser.error("name the earlier commit")
     from record import Record
 
-    record = Record(HERE / "results" / "cpu" / "versions.json")
+    record = Record(RESULTS)
     commits = {"before": git("rev-parse", "--short", options.commit), "after": git("rev-parse", "--short", "HEAD")}
     with checkout(options.commit) as root:
         versions = dict(zip(VERSIONS, (Version(root), Version(HERE.parent)), strict=True))

@@ -86,6 +86,7 @@ def test_summary():
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.parent.name)
 def test_tables_are_those_of_the_json(path):
-    text = path.read_text(encoding="utf-8")
-    assert "<!-- accelerators:begin -->" in text
-    assert filled(text, TEXTS[path](json.loads(RESULTS.read_text(encoding="utf-8"))["rows"])) == text
+    text, own = path.read_text(encoding="utf-8"), TEXTS[path](json.loads(RESULTS.read_text(encoding="utf-8"))["rows"])
+    assert own in text
+    assert filled(text, own) == text
+    assert filled(text.replace(own, "| of another version |"), own) == text

@@ -1,15 +1,21 @@
 """The benchmarks: every part makes rows that say what they hold for, and the texts' tables are those of the JSON."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import growth
+import jax
 import kernels
+import numpy as np
+import peers
 import pictures
 import pytest
 import steps
 import tables
 import updates
+import versions
 from matplotlib.figure import Figure
 from record import Record
 
@@ -87,6 +93,59 @@ def test_growth(record, tmp_path):
     growth.measure(record("growth"), layers=(), slice_counts=(), sizes=(4,))
     rows, _ = check("growth", tmp_path / "here")
     assert {row["name"] for row in rows} == {"fgsgd_jax", "products", "jnp.linalg.qr"}
+
+
+class Here:
+    """A version whose child is in this process."""
+
+    def __init__(self):
+        self.child = versions.Child()
+
+    def ask(self, name, *args):
+        return json.loads(json.dumps(getattr(self.child, name)(*args)))
+
+
+@pytest.fixture
+def tiny_versions(monkeypatch):
+    spheres = updates.Network({"a/kernel": (3, 3, 2, 3)}, {"spheres": [("*", fg.Each(fg.Sphere()))]})
+    monkeypatch.setattr(updates, "NETWORKS", {"tiny": spheres})
+    monkeypatch.setattr(kernels, "CASES", TINY)
+    # Compile once.
+    monkeypatch.setattr(versions, "LONG", 0.0)
+    # The tests that follow have use for them.
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    return {name: Here() for name in versions.VERSIONS}
+
+
+def test_versions(tiny_versions, record, tmp_path):
+    here = tiny_versions["after"]
+    assert here.ask("names") == ["tiny, spheres", *TINY, *(f"{case}, by maps" for case in TINY)]
+    assert Path(here.ask("root")) == ROOT
+    for case in ("tiny, spheres", "Ob(576, 512)", "Ob(576, 512), by maps"):
+        row = versions.measured(case, tiny_versions, turns=3)
+        before, after = (row["seconds"][name] for name in versions.VERSIONS)
+        assert len(before) == len(after) == 3
+        assert row["ratio"] == sorted(a / b for a, b in zip(after, before, strict=True))[1]
+        assert row["median"]["after"] == sorted(after)[1]
+        assert row["compile ratio"] == row["compile"]["after"] / row["compile"]["before"] > 0
+        record("versions").row(case, "fgsgd_jax", **row, commits={})
+    written = json.loads((tmp_path / "here" / "versions.json").read_text())["rows"]
+    assert all(set(row) >= FIELDS for row in written)
+    # In the folder of a device it would be a part of bench.py.
+    assert versions.RESULTS.parent == tables.RESULTS
+
+
+def test_versions_without_a_floor_of_kernels(tiny_versions, monkeypatch):
+    """Version 0.1: the same step by the manifolds' own maps, and `peers.py` can be imported."""
+    here = tiny_versions["before"]
+    here.ask("compile", "Ob(576, 512)")
+    expected = here.child.program(*here.child.arguments)
+    monkeypatch.delattr(fg, "kernels")
+    monkeypatch.setitem(sys.modules, "fgsgd_jax.kernels", None)
+    spec = importlib.util.spec_from_file_location("peers_of_0_1", peers.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    here.ask("compile", "Ob(576, 512)")
+    np.testing.assert_allclose(here.child.program(*here.child.arguments), expected, atol=1e-6)
 
 
 @pytest.mark.slow

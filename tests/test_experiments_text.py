@@ -29,6 +29,7 @@ from fgsgd_jax.experiments._text._config import SCHEME_OF
 from fgsgd_jax.experiments._text._gpt import rotated
 from fgsgd_jax.experiments._text._optimizers import make_text_optimizer
 
+ROOT = pathlib.Path(__file__).parent.parent
 SHAPE = GPTShape(vocabulary=256, layers=1, width=16, heads=2)
 TINY = TextConfig(
     layers=2, width=32, heads=2, context=16, batch_size=4, steps=10, report_every=4, test_bytes=320, warmup=2
@@ -205,6 +206,18 @@ def by_path(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+@pytest.mark.parametrize(
+    ("page", "millions", "size"),
+    [("command_line", "0.85", {}), ("findings", "0.18", {"layers": 3, "width": 64, "heads": 2})],
+)
+def test_the_pages_say_how_large_the_networks_are(page, millions, size):
+    config = TextConfig(**size)
+    model = build_gpt(GPTShape(256, config.layers, config.width, config.heads))
+    shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
+    assert f"{sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6:.2f}" == millions
+    assert f"{millions} million parameters" in (ROOT / "docs" / f"{page}.md").read_text()
+
+
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "euc"])
 def test_weights_have_the_norm_that_free_ones_begin_with(scheme):
     shape = GPTShape(256, 1, 48, 3)
@@ -268,7 +281,7 @@ def test_a_run_leaves_log_checkpoints_picture_and_a_sample(undisturbed, config):
     # The last stretch is shorter.
     assert [record["step"] for record in records] == [4, 8, 10]
     assert [record["epoch"] for record in records] == [1, 2, 3]
-    assert all(record["violation"] < 2e-6 for record in records)
+    assert all(record["violation"] < 1e-6 for record in records)
     assert records[-1]["train"]["loss"] < records[0]["train"]["loss"]
     assert undisturbed.picture.read_bytes().startswith(b"\x89PNG")
     assert (undisturbed.folder / "sample.txt").read_text(encoding="utf-8") == undisturbed.sample
