@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from grids import kernel
+from jax import lax
 from scipy import stats
 
 import fgsgd_jax as fg
@@ -144,7 +145,7 @@ def test_gradients_wider_than_the_weights_do_not_widen_the_update(momentum):
     tx = fg.fgsgd(0.1, rules, momentum)
     state = tx.init(params)
     gradients = jax.tree.map(lambda x: jnp.ones_like(x, jnp.float64), params)
-    updates, after = tx.update(gradients, state, params)
+    updates, after = jax.jit(tx.update)(gradients, state, params)
     for found, expected in ((updates, params), (after, state)):
         assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(expected)]
 
@@ -209,11 +210,13 @@ def test_in_jit_a_matrix_of_zeros_stays_and_is_counted(make, manifold):
     @jax.jit
     def trained(params):
         params = fg.nearest(params, plan, radii="fitted")
-        state = tx.init(params)
-        for _ in range(3):
+
+        def step(_, carry):
+            params, state = carry
             updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-            params = optax.apply_updates(params, updates)
-        return params, state
+            return optax.apply_updates(params, updates), state
+
+        return lax.fori_loop(0, 3, step, (params, tx.init(params)))
 
     found, state = trained(params)
     figures = fg.metrics(state)

@@ -14,7 +14,7 @@ from chains import chained
 import fgsgd_jax as fg
 from fgsgd_jax import kernels
 from fgsgd_jax.groups import _weights
-from fgsgd_jax.kernels import _many
+from fgsgd_jax.kernels import _by_platform, _many
 
 OPTIMIZERS = {
     "fgsgd": lambda plan: fg.fgsgd(0.1, plan, 0.9, rescaling=fg.Rescaling(every=2)),
@@ -23,7 +23,8 @@ OPTIMIZERS = {
     "on_manifolds": lambda plan: fg.on_manifolds(optax.adam(0.05), plan),
     "riemannian_adam": lambda plan: fg.riemannian_adam(0.05, plan),
 }
-FEW = 12
+# More than are stacked at a time.
+FEW = 9
 
 
 def many(count, matrix=(4, 3), conv=(2, 2, 2, 3), dtype="float32"):
@@ -105,9 +106,19 @@ def kernels_of(tx, params):
     return {unnamed(body) for body in re.findall(r"(?ms)^%fused_computation\S* [^\n]*\n(.*?)^\}", text)}
 
 
-def test_the_kernels_of_an_update_do_not_grow_with_the_leaves():
+def test_arrays_on_several_devices_are_not_packed(monkeypatch):
+    """In the program that is lowered; in a process of many devices most programs may be for one."""
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert not kernels.are_many(100, (4, 3))
+    for is_shared in (False, True):
+        with _by_platform._lowered_for(_by_platform.Program(is_shared, is_exported=False)):
+            assert kernels.are_many(100, (4, 3)) != is_shared
+
+
+def test_the_kernels_of_an_update_do_not_grow_with_the_leaves(monkeypatch):
+    monkeypatch.setattr(_many, "_FEWEST", 32)
     found = []
-    for count in (64, 128):
+    for count in (32, 64):
         params = {str(n): jnp.eye(3) + jnp.zeros((3, 3)) for n in range(count)}
         plan = fg.plan(params, [("*", fg.Whole(fg.Stiefel()))])
         found.append(len(kernels_of(fg.fgsgd(0.1, plan, 0.9), params)))
@@ -116,13 +127,13 @@ def test_the_kernels_of_an_update_do_not_grow_with_the_leaves():
 
 def test_programs_that_draw_and_move_weights_are_shared():
     """By all leaves of a shape, a few at a time; and each is drawn as it is alone."""
-    params = {f"layer_{n}": jnp.full((5, 2), n + 1.0, jnp.float32) for n in range(100)}
+    params = {f"layer_{n}": jnp.full((5, 2), n + 1.0, jnp.float32) for n in range(40)}
     plan = fg.plan(params, [("*", fg.Whole(fg.Stiefel()))])
     programs = [_weights._uniform, _weights._nearest, _weights._violation]
     before = [program._cache_size() for program in programs]
     drawn = fg.initialize(jax.random.key(0), params, plan)
     fg.nearest(drawn, plan)
-    assert len(fg.violation(drawn, plan)) == 100
+    assert len(fg.violation(drawn, plan)) == 40
     assert [program._cache_size() for program in programs] == [size + 1 for size in before]
     alone = {"layer_7": params["layer_7"]}
     one = fg.initialize(jax.random.key(0), alone, [("*", fg.Whole(fg.Stiefel()))])

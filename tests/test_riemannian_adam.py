@@ -114,6 +114,29 @@ def test_coordinates_do_not_matter(lenient_promotion):
     assert gap(fg.on_manifolds(optax.adam(RATE), plan)) > 1e-3
 
 
+MAKERS = {
+    "riemannian_adam": lambda plan: fg.riemannian_adam(RATE, plan),
+    "spel": lambda plan: fg.spel(RATE, plan),
+    "manifold_muon": lambda plan: fg.manifold_muon(RATE, plan),
+    "hyperball": lambda plan: fg.hyperball(optax.sgd(RATE), plan),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_errors_name_the_optimizer(name, lenient_promotion):
+    """And not a part that it is made of, which its user never wrote."""
+    params = {"w": jnp.eye(4, 2, dtype=jnp.float32)}
+    plan = fg.plan(params, [("w", fg.Whole(fg.Stiefel()))])
+    tx = MAKERS[name](plan)
+    double = jax.tree.map(lambda x: 2 * x, params)
+    with pytest.raises(ValueError, match=rf"^fg.{name}: w is off.* fg.{name}\(\.\.\., initial_radii='fitted'\)"):
+        tx.init(double)
+    with pytest.raises(ValueError, match=f"^fg.{name}: w has left its manifolds"):
+        tx.update(params, tx.init(params), double)
+    with pytest.raises(ValueError, match=f"^fg.{name} needs the parameters"):
+        tx.update(params, tx.init(params))
+
+
 def test_injected_hyperparameters(lenient_promotion):
     params, plan = network("float32")
     goal = targets("float32")

@@ -79,6 +79,7 @@ def measure(
 ) -> list[Float[Array, "*layers C D"]]:
     """Line 5, of which the squared norms of the tangent parts are kept."""
     run = _jitted(platform, "measure", layer)
+    parameters = [planes._replace(m=None, new_radius=None, code=None) for planes in parameters]
     return _each(place, lambda axes, scalars, planes: run(planes), lambda planes, spec: spec, None, parameters)
 
 
@@ -90,8 +91,12 @@ def move(
     inverse_zeta: Sequence[Float[Array, "*layers C D"]],
     place: Place | None = None,
 ) -> list[Moved]:
-    """Momentum, line 7 and eq. 2, with 1/ζ of the group of every matrix, which is 0 or NaN where it is refused."""
+    """Momentum, line 7 and eq. 2, with 1/ζ of the group of every matrix, which is 0 or NaN where it is refused.
+
+    The scalars are those of `descend`.
+    """
     run = _jitted(platform, "move", layer)
+    parameters = [planes._replace(code=None) for planes in parameters]
 
     def one(axes: Sequence[str], scalars: Array, planes: Planes, scale: Array) -> Moved:
         moved = run(scalars, planes, scale)
@@ -153,8 +158,8 @@ def _each(
     leaves, structure = jax.tree.flatten((scalars, rows))
     specs = [PartitionSpec()] * (scalars is not None)
     for planes, spec in zip(parameters, place.specs, strict=True):
-        present = [name for name, each in planes._asdict().items() if each is not None]
-        specs += [_tensor(spec) if name in ("x", "g", "m") else spec for name in present] + [spec] * len(values)
+        specs += [_tensor(spec) if name in ("x", "g", "m") else spec for name in planes.present()]
+        specs += [spec] * len(values)
     outs = [out(planes, spec) for planes, spec in zip(parameters, place.specs, strict=True)]
     out_specs, results = jax.tree.flatten(outs, is_leaf=lambda node: isinstance(node, PartitionSpec))
 

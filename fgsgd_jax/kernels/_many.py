@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped
 
+from ._by_platform import is_shared
 from ._cpu_chunks import fusion_barrier
 
 # Fewer compile in no time. Larger ones are not worth a copy.
@@ -26,7 +27,7 @@ _STACKED, _SLICED = 8, 32
 def are_many(count: int, shape: tuple[int, ...]) -> bool:
     """Whether so many arrays of a shape are better handled as one."""
     # Stacked, they would lose the axes along which they are shared out over devices.
-    return jax.device_count() == 1 and count >= _FEWEST and math.prod(shape) <= _LARGEST
+    return not is_shared() and count >= _FEWEST and math.prod(shape) <= _LARGEST
 
 
 def pack(parts: Sequence[Shaped[Array, "*shape"]]) -> Shaped[Array, "parts *shape"]:

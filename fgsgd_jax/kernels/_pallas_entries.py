@@ -77,6 +77,11 @@ def retract(manifold: Manifold, x: Entries, v: Entries, squares: Array) -> Entri
     return y
 
 
+def masked(x: Entries, usable: Array) -> Entries:
+    """x, or zeros where it is refused: such a gradient may be anything but a number."""
+    return _map(lambda each: jnp.where(usable, each, 0.0), x)
+
+
 def squared_norm(x: Entries) -> Array:
     """‖x‖_F²."""
     return _dot(_flat(x), _flat(x))

@@ -94,6 +94,10 @@ class Planes(NamedTuple):
     new_radius: Float[Array, "*layers C D"] | None = None
     code: Int[Array, "*layers C D"] | None = None
 
+    def present(self) -> dict[str, Array]:
+        """The arrays that there are, by name."""
+        return {name: array for name, array in self._asdict().items() if array is not None}
+
 
 class Moved(NamedTuple):
     """Displacements and momentum, and the largest ‖v‖/s of parts of the parameter."""

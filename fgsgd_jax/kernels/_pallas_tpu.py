@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from ._pallas_entries import Entries, Points, reciprocal_zeta, squared_norm
+from ._pallas_entries import Entries, Points, masked, reciprocal_zeta, squared_norm
 from ._pallas_layer import Descended, LayerType, Moved, Planes
 
 # What a vector register holds: this many rows of 32-bit numbers, and so many lanes.
@@ -47,7 +47,7 @@ def descends(layer: LayerType, shape: tuple[int, ...]) -> bool:
 
 
 def descend(layer: LayerType, scalars: Float[Array, "5"], planes: Planes, interpret: bool = False) -> Descended:
-    """Lines 5 to 7 with momentum; the scalars are minus the learning rate, μ, ρ, c and the weight decay."""
+    """See `_descend.descend`."""
     swapped = _lies_swapped(planes.x.shape, planes.x.dtype)
     layer, planes = dataclasses.replace(layer, swapped=swapped), _turned(planes, swapped)
     n, p, channels, width = planes.x.shape
@@ -94,16 +94,15 @@ def descend(layer: LayerType, scalars: Float[Array, "5"], planes: Planes, interp
         _Descent(layer, channels, rows, blocks, refs).run()
 
     grid = (2, blocks) if blocks > 1 else ()
-    arrays = {"scalars": scalars} | planes._asdict()
+    arrays = {"scalars": scalars} | planes.present()
     found = _call("fgsgd_descend", body, grid, arrays, results, specs, scratch, padded, interpret)
     displacement, momentum = _turned((found["u"], found.get("m_out")), swapped)
     return Descended(displacement, momentum, found["figures"])
 
 
 def measure(layer: LayerType, planes: Planes, interpret: bool = False) -> Float[Array, "*layers C D"]:
-    """Line 5, of which the squared norms of the tangent parts are kept."""
-    arrays = planes._replace(m=None, new_radius=None, code=None)._asdict()
-    return _by_matrix("fgsgd_measure", _Measure, layer, arrays, ("squares",), interpret)["squares"]
+    """See `_descend.measure`."""
+    return _by_matrix("fgsgd_measure", _Measure, layer, planes.present(), {}, ("squares",), interpret)["squares"]
 
 
 def move(
@@ -113,10 +112,10 @@ def move(
     scale: Float[Array, "*layers C D"],
     interpret: bool = False,
 ) -> Moved:
-    """Momentum, line 7 and eq. 2, with 1/ζ of the group of every matrix, which is 0 or NaN where it is refused."""
-    arrays = planes._replace(code=None)._asdict() | {"scalars": scalars, "scale": scale}
+    """See `_descend.move`."""
+    arrays = planes.present() | {"scale": scale}
     results = ("u", "ratio") if planes.m is None else ("u", "m_out", "ratio")
-    found = _by_matrix("fgsgd_move", _Move, layer, arrays, results, interpret)
+    found = _by_matrix("fgsgd_move", _Move, layer, arrays, {"scalars": scalars}, results, interpret)
     return Moved(found["u"], found.get("m_out"), found["ratio"])
 
 
@@ -124,15 +123,16 @@ def _by_matrix(
     name: str,
     kernel: type["_Measure | _Move"],
     layer: LayerType,
-    arrays: dict[str, Array | None],
+    arrays: dict[str, Array],
+    scalars: dict[str, Array],
     results: tuple[str, ...],
     interpret: bool,
 ) -> dict[str, Array]:
     """The results of a kernel that needs no other matrix for one: its grid runs over layers and blocks of rows."""
-    x, scalars = arrays["x"], arrays.pop("scalars", None)
-    assert x is not None
+    x = arrays["x"]
     batch, swapped = x.shape[:-4], _lies_swapped(x.shape, x.dtype)
-    flat = _turned({name: _joined(each, len(batch)) for name, each in arrays.items() if each is not None}, swapped)
+    flat = {name: each.reshape(-1, *each.shape[len(batch) :]) for name, each in arrays.items()}
+    flat = _turned(flat, swapped)
     count, n, p, channels, width = flat["x"].shape
     rows = _block_rows(n, p, channels, width, max(flat["x"].dtype.itemsize, flat["g"].dtype.itemsize))
     blocks = pl.cdiv(channels, rows)
@@ -148,23 +148,17 @@ def _by_matrix(
     def body(refs):
         kernel(layer, channels, rows, blocks, refs).run()
 
-    given = flat if scalars is None else {"scalars": scalars} | flat
-    found = _call(name, body, (count, blocks), given, out, specs, scratch, rows, interpret)
+    found = _call(name, body, (count, blocks), scalars | flat, out, specs, scratch, rows, interpret)
     tensors = {name: each for name, each in found.items() if name != "ratio"}
     tensors = {name: each.reshape(*batch, *each.shape[1:]) for name, each in _turned(tensors, swapped).items()}
     return found | tensors
-
-
-def _joined(each: Array, layers: int) -> Array:
-    """With one axis of layers."""
-    return each.reshape(-1, *each.shape[layers:])
 
 
 def _call(
     name: str,
     body: Callable[[dict[str, Any]], None],
     grid: tuple[int, ...],
-    arrays: dict[str, Array | None],
+    arrays: dict[str, Array],
     results: dict[str, jax.ShapeDtypeStruct],
     specs: Mapping[str, Any],
     scratch: dict[str, Any],
@@ -172,23 +166,22 @@ def _call(
     interpret: bool,
 ) -> dict[str, Array]:
     """The results by name of a kernel, whose body gets all references by name."""
-    given = {name: each for name, each in arrays.items() if each is not None}
     # Eight rows of int8 are no tile: integers are widened by the block.
-    integers = [name for name in ("kind", "code") if name in given]
-    scratch = scratch | {f"{name}_wide": pltpu.VMEM((wide, given[name].shape[-1]), jnp.int32) for name in integers}
+    integers = [name for name in ("kind", "code") if name in arrays]
+    scratch = scratch | {f"{name}_wide": pltpu.VMEM((wide, arrays[name].shape[-1]), jnp.int32) for name in integers}
     # What a kernel may take, XLA cannot use to keep arrays from kernel to kernel: so no more than it needs.
-    blocks = {name: specs[name].block_shape or each.shape for name, each in (given | results).items()}
-    needed = sum(_padded(blocks[name], each.dtype) for name, each in (given | results).items())
+    blocks = {name: specs[name].block_shape or each.shape for name, each in (arrays | results).items()}
+    needed = sum(_padded(blocks[name], each.dtype) for name, each in (arrays | results).items())
     needed = (2 if grid else 1) * needed + sum(_padded(each.shape, each.dtype) for each in scratch.values()) + _SPARE
 
     def kernel(*refs):
-        body(dict(zip([*given, *results, *scratch], refs, strict=True)))
+        body(dict(zip([*arrays, *results, *scratch], refs, strict=True)))
 
     found = pl.pallas_call(
         kernel,
         out_shape=list(results.values()),
         grid=grid,
-        in_specs=[specs[name] for name in given],
+        in_specs=[specs[name] for name in arrays],
         out_specs=[specs[name] for name in results],
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
@@ -196,7 +189,7 @@ def _call(
         ),
         interpret=interpret,
         name=name,
-    )(*given.values())
+    )(*arrays.values())
     return dict(zip(results, found, strict=True))
 
 
@@ -323,7 +316,7 @@ class _Move(_ByMatrix):
         """Line 5 again, with 1/ζ; and what follows it."""
         points, scale = self.points(row, lanes), self.value("scale", row, lanes)
         usable = scale > 0
-        t = [[jnp.where(usable, each, 0.0) for each in line] for line in points.project(self.planes("g", row, lanes))]
+        t = masked(points.project(self.planes("g", row, lanes)), usable)
         ratio = self.take(points, t, jnp.where(usable, scale, 0.0), row, lanes)
         self.gather("largest", jnp.maximum, ratio, self.block, row, lanes)
 
@@ -420,8 +413,7 @@ class _Descent(_Kernel):
         place = self.place(block, row)
         name, own = ("x", row) if self.blocks == 1 else ("kept", place)
         points = self.points(name, own, block, row, lanes)
-        usable = self.refs["usable"][0] > 0
-        t = [[jnp.where(usable, each, 0.0) for each in line] for line in self.planes("t", place, lanes)]
+        t = masked(self.planes("t", place, lanes), self.refs["usable"][0] > 0)
         ratio = self.take(points, t, self.scale(t, block, row, lanes), row, lanes)
         self.gather("ratio", jnp.maximum, ratio, block, row, lanes)
 

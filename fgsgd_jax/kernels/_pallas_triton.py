@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from ..manifolds import Stiefel
-from ._pallas_entries import Entries, Points, squared_norm
+from ._pallas_entries import Entries, Points, masked, squared_norm
 from ._pallas_layer import LayerType, Moved, Planes
 
 # Matrices of a block, one a thread; blocks that run at the same time, four for each of an H100's processors.
@@ -46,10 +46,9 @@ def descends(layer: LayerType, shape: tuple[int, ...]) -> bool:
 
 
 def measure(layer: LayerType, planes: Planes, interpret: bool = False) -> Float[Array, "*layers C D"]:
-    """Line 5, of which the squared norms of the tangent parts are kept."""
-    arrays = planes._replace(m=None, new_radius=None, code=None)._asdict()
+    """See `_descend.measure`."""
     results = {"squares": jax.ShapeDtypeStruct((planes.radius.size,), jnp.float32)}
-    found = _call(_measure, "fgsgd_measure", layer, arrays, results, interpret)
+    found = _call(_measure, "fgsgd_measure", layer, planes.present(), results, interpret)
     return found["squares"].reshape(planes.radius.shape)
 
 
@@ -60,12 +59,9 @@ def move(
     scale: Float[Array, "*layers C D"],
     interpret: bool = False,
 ) -> Moved:
-    """Momentum, line 7 and eq. 2, with 1/ζ of the group of every matrix, which is 0 or NaN where it is refused.
-
-    The scalars are minus the learning rate, μ, ρ, c and the weight decay.
-    """
+    """See `_descend.move`."""
     shape = planes.x.shape
-    arrays = planes._replace(code=None)._asdict() | {"scale": scale, "scalars": scalars}
+    arrays = planes.present() | {"scale": scale, "scalars": scalars}
     names = ("u",) if planes.m is None else ("u", "m_out")
     results = {name: jax.ShapeDtypeStruct((math.prod(shape),), jnp.float32) for name in names}
     results["ratio"] = jax.ShapeDtypeStruct((1 if interpret else _PROGRAMS,), jnp.float32)
@@ -76,11 +72,11 @@ def move(
 
 
 def _call(
-    body: Callable, name: str, layer: LayerType, arrays: dict[str, Any], results: dict[str, Any], interpret: bool
+    body: Callable, name: str, layer: LayerType, arrays: dict[str, Array], results: dict[str, Any], interpret: bool
 ) -> dict[str, Array]:
     """The results of a kernel, whose body gets all references by name."""
     *batch, n, p, channels, width = arrays["x"].shape
-    flat = {name: each.reshape(-1) for name, each in arrays.items() if each is not None}
+    flat = {name: each.reshape(-1) for name, each in arrays.items()}
     # As data: numbers in the program would make it another one.
     flat["counts"] = jnp.array([channels * width, math.prod(batch)], jnp.int32)
 
@@ -183,9 +179,8 @@ def _move(layer: LayerType, block: _Block) -> None:
     def moved(largest):
         points, scale = block.points(layer), block.load("scale")
         m = block.planes("m") if "m" in block.refs else None
-        # A refused gradient may be anything but a number.
         usable = scale > 0
-        t = [[jnp.where(usable, each, 0.0) for each in line] for line in points.project(block.planes("g"))]
+        t = masked(points.project(block.planes("g")), usable)
         scale = jnp.where(usable, scale, 0.0)
         v, m = layer.direction(points, t, scale, m, rate, momentum, decay)
         displacement, ratio = points.displace(v, block.load("new_radius") if "new_radius" in block.refs else None)

@@ -89,7 +89,7 @@ def packed(plan: Plan, *trees: ByPath) -> list[ByPath]:
     return result
 
 
-def apart(plan: Plan, tensors: ByPath) -> ByPath:
+def unpacked(plan: Plan, tensors: ByPath) -> ByPath:
     """Undoes `packed`."""
     result = dict(tensors)
     for bucket in buckets(plan):
@@ -167,8 +167,7 @@ def scaled(plan: Plan, tangents: ByPath, factors: Stacks) -> ByPath:
     """Every matrix times its own factor; no direction where that is NaN, as of a refused parameter."""
     result = {}
     for bucket, stacked in zip(buckets(plan), factors, strict=True):
-        own = names(bucket, tangents)
-        for name, factor in zip(own, kernels.unstack(stacked) if own == bucket.paths else [stacked], strict=True):
+        for name, factor in zip(names(bucket, tangents), _parts(bucket, tangents, stacked), strict=True):
             factor = factor.astype(tangents[name].dtype)[..., None, None]
             factor = bucket.view.merge(jnp.broadcast_to(factor, (*factor.shape[:-2], *bucket.view.grid[2:])))
             result[name] = jnp.where(factor > 0, tangents[name] * factor, 0)
@@ -196,7 +195,7 @@ def retract(
     new = None
     if new_radii is not None:
         pairs = zip(buckets(plan), new_radii, strict=True)
-        flat = [radius for bucket, stacked in pairs for radius in _restacked(bucket, points, stacked)]
+        flat = [radius for bucket, stacked in pairs for radius in _parts(bucket, points, stacked, True)]
         new = [radius.astype(own.dtype) for radius, own in zip(flat, x, strict=True)]
     moves, norms = kernels.step(mixtures, x, w, new, factor, is_tangent, share_out)
     longest = [
@@ -253,10 +252,11 @@ def without_refused(plan: Plan, tangents: ByPath, refused: Bool[Array, "paths"])
     """The tangent vectors, zero where the parameter is refused."""
     result, start = {}, 0
     for bucket in buckets(plan):
-        own, end = names(bucket, tangents), start + len(bucket.paths)
-        part = refused[start:end]
-        flags = kernels.unstack(part) if own == bucket.paths else [part.reshape(-1, *(1,) * len(bucket.shape))]
-        result |= {name: jnp.where(flag, 0, tangents[name]) for name, flag in zip(own, flags, strict=True)}
+        end = start + len(bucket.paths)
+        flags = _parts(bucket, tangents, refused[start:end])
+        for name, flag in zip(names(bucket, tangents), flags, strict=True):
+            flag = flag.reshape(*flag.shape, *(1,) * len(bucket.shape))
+            result[name] = jnp.where(flag, 0, tangents[name])
         start = end
     return result
 
@@ -271,7 +271,7 @@ def projected(
     points, gradients = packed(plan, points, gradients)
     found = project(plan, kinds, radii_of(plan, kinds, points) if radii is None else radii, points, gradients)
     tangents = without_refused(plan, found.tangents, found.refused)
-    return apart(plan, {name: t.astype(gradients[name].dtype) for name, t in tangents.items()}), found.refused
+    return unpacked(plan, {name: t.astype(gradients[name].dtype) for name, t in tangents.items()}), found.refused
 
 
 def without_refused_free(free: ByPath) -> tuple[ByPath, ByPath]:
@@ -327,9 +327,12 @@ def _stacked(bucket: Bucket, own: list[Array]) -> Array:
     return kernels.stack(own) if own[0].ndim == len(bucket.grid) else own[0]
 
 
-def _restacked(bucket: Bucket, like: ByPath, stacked: Array) -> list[Array]:
-    """The values of the matrices by parameter; of all if `like` is packed."""
-    return kernels.unstack(stacked, restacked=True) if names(bucket, like) == bucket.paths else [stacked]
+def _parts(bucket: Bucket, like: ByPath, stacked: Array, restacked: bool = False) -> list[Array]:
+    """Values that are stacked by parameter, as the tensors `like` are: by parameter, or all at once if it is packed.
+
+    `restacked` as in `kernels.unstack`.
+    """
+    return [stacked] if _key(bucket) in like else kernels.unstack(stacked, restacked)
 
 
 def tensors_of(bucket: Bucket, own: Array, like: ByPath) -> ByPath:
@@ -356,8 +359,8 @@ def _matrices(
     mixtures, x, w = [], [], []
     for bucket, kind, radius in zip(buckets(plan), kinds, radii, strict=True):
         own = names(bucket, points)
-        own_kinds = _restacked(bucket, points, kind) if len(bucket.kinds) > 1 else [()] * len(own)
-        own_radii = _restacked(bucket, points, radius)
+        own_kinds = _parts(bucket, points, kind, True) if len(bucket.kinds) > 1 else [()] * len(own)
+        own_radii = _parts(bucket, points, radius, True)
         for path, own_kind, own_radius in zip(own, own_kinds, own_radii, strict=True):
             dtype = widest(compute_dtype(tree[path].dtype) for tree in (points, vectors))
             mixtures.append(mixture_of(bucket, own_kind).at(own_radius.astype(dtype)))

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 
 from .. import kernels
 from ..groups import Bucket, Plan, buckets, by_path
@@ -52,15 +52,21 @@ def at_once(
 
 
 def known_shardings(points: ByPath, stated: Any) -> dict[str, NamedSharding]:
-    """How the leaves lie on a mesh, as far as it is known: by the types of explicit axes, or as it is stated."""
-    found = {}
+    """How the parameters lie on a mesh, as far as it is known: as it is stated, or by the types of explicit axes."""
+    every = dict.fromkeys(points, stated) if isinstance(stated, Sharding) else by_path(stated)
+    for path, sharding in every.items():
+        if path not in points or not isinstance(sharding, Sharding):
+            raise ValueError(
+                f"fg.fgsgd: shardings has {sharding} at {path!r}; give a NamedSharding(mesh, spec) for all parameters, "
+                "or a tree of them like the parameters"
+            )
+    # Others lie on one device, or as nobody can say.
+    found = {path: sharding for path, sharding in every.items() if isinstance(sharding, NamedSharding)}
     for path, point in points.items():
         sharding = jax.typeof(point).sharding
         if sharding.mesh.are_all_axes_explicit and not sharding.mesh.empty:
             found[path] = sharding
-    if isinstance(stated, NamedSharding):
-        return dict.fromkeys(points, stated) | found
-    return ({} if stated is None else {path: each for path, each in by_path(stated).items() if path in points}) | found
+    return found
 
 
 class _Form(NamedTuple):

@@ -69,8 +69,9 @@ def fgsgd(
       A transformation whose `update` needs `params` and takes `feature_moments`.
 
     Raises:
-      ValueError: outside jit, if parameters are off their manifolds; for invalid options; where the program is lowered,
-        for a leaf without the kernels that `kernels="pallas"` asks for.
+      ValueError: outside jit, if parameters are off their manifolds; for invalid options; in `update`, for `shardings`
+        that are not those of the parameters; where the program is lowered, for a leaf without the kernels that
+        `kernels="pallas"` asks for.
 
     References:
       Ozay, Fine-grained Optimization of Deep Neural Networks, 2019, Algorithm 1.
@@ -147,8 +148,8 @@ def fgsgd(
                 is_tangent=momenta is None,
                 share_out=share_out,
             )
-            displacements = algorithm.apart(plan, displacements)
-            momenta = None if momenta is None else algorithm.apart(plan, momenta)
+            displacements = algorithm.unpacked(plan, displacements)
+            momenta = None if momenta is None else algorithm.unpacked(plan, momenta)
             return Descent(displacements, momenta, zeta.zeta_share, zeta.grad_norm, ratio, refused)
 
         def lines_5_to_8(step: Step, before: ScaleState, feature_moments: Any) -> tuple[Descent, ScaleState]:
@@ -167,7 +168,7 @@ def fgsgd(
 
         # Inside `automatic` the axes of a mesh have no types that tell.
         everywhere = None if share_out is None else NamedSharding(share_out, PartitionSpec())
-        places = known_shardings(call.constrained, everywhere if shardings is None else shardings)
+        places = known_shardings(call.points, everywhere if shardings is None else shardings)
         points, gradients = call.constrained, {path: call.leaves[path] for path in call.plan.collections}
         own = None if buffers is None else {path: buffers[path] for path in points}
         options = Options(factor, 0.0 if momentum is None else momentum, rho, curvature, weight_decay)

@@ -10,8 +10,8 @@ from jax.core import Tracer
 from ..groups import as_rules, by_path
 from ._call import PlanOrRules, started
 from ._project import refuse
-from ._rescale import rescale
-from ._rescaling import InitialRadii, Rescaling
+from ._rescale import rescaled
+from ._rescaling import InitialRadii, Rescaling, options
 from ._retract import retract
 from ._spel import in_plan
 from ._steepest import steepest
@@ -115,5 +115,5 @@ def hyperball(
         steepest(plan, tangent=False),
         optax.masked(optax.scale_by_learning_rate(learning_rate, flip_sign=False), in_plan(plan)),
         retract(plan, share_out=share_out),
-        rescale(plan, rescaling, initial_radii=initial_radii),
+        rescaled("fg.hyperball", plan, *options("fg.hyperball", rescaling, initial_radii, {})),
     )

@@ -63,7 +63,7 @@ def normalize_by_zeta(
             found = algorithm.normalize(call.plan, groups, squares, rho, curvature)
             figures = (x.astype(state.zeta_share.dtype) for x in (found.zeta_share, found.grad_norm))
             steps = algorithm.scaled(call.plan, directions, found.inverse_zeta)
-            return algorithm.apart(call.plan, steps), *figures
+            return algorithm.unpacked(call.plan, steps), *figures
 
         like = directions, state.zeta_share, state.grad_norm
         steps, share, norm = automatic(line_6, state.groups, directions, rho, curvature, like=like)

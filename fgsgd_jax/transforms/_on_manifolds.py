@@ -58,28 +58,39 @@ def on_manifolds(
       >>> bool(fg.violation(params, plan)["kernel"] < 1e-6)
       True
     """
-    plan = as_rules(plan)
     rescaling, initial_radii = options("fg.on_manifolds", rescaling, initial_radii, old)
-    inner = optax.with_extra_args_support(inner)
+    return wrapped("fg.on_manifolds", inner, plan, rescaling, initial_radii, share_out)
+
+
+def wrapped(
+    link: str,
+    inner: optax.GradientTransformation,
+    plan: PlanOrRules,
+    rescaling: Rescaling,
+    initial_radii: InitialRadii,
+    share_out: jax.sharding.Mesh | None,
+) -> optax.GradientTransformationExtraArgs:
+    """`on_manifolds` by the name that its errors give."""
+    plan, inner = as_rules(plan), optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        start = started("fg.on_manifolds", plan, params)
-        check_on_manifold("fg.on_manifolds", start, params, initial_radii)
+        start = started(link, plan, params)
+        check_on_manifold(link, start, params, initial_radii)
         kinds = kinds_of(start.plan)
         scale = Scale(start.plan, rescaling, initial_radii).init(kinds, start.leaves)
         inner_state = inner.init(params)
         if any(_is_lookahead(node) for node in jax.tree.leaves(inner_state, is_leaf=_is_lookahead)):
             raise TypeError(
-                "fg.on_manifolds: optax.lookahead has parameters of its own, which no plan describes. Leave it out: "
+                f"{link}: optax.lookahead has parameters of its own, which no plan describes. Leave it out: "
                 "average the weights in the training loop and bring them back with fg.nearest(params, plan)"
             )
         figure, refused = algorithm.no_figure(start.plan, start.leaves), algorithm.none_refused(start.plan)
         return start.beside(OnManifoldsState(names_of(start.plan), kinds, *scale, inner_state, figure, refused))
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
-        call = called("fg.on_manifolds", plan, updates, params)
+        call = called(link, plan, updates, params)
         before = ScaleState(state.radii, state.lambdas)
-        check_still_on_manifold("fg.on_manifolds", call, params, before)
+        check_still_on_manifold(link, call, params, before)
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def line_5(points: ByPath, gradients: ByPath, state: Any) -> Any:
@@ -97,14 +108,14 @@ def on_manifolds(
                 new_radii=after.radii if rescaling.measures else None,
                 share_out=share_out,
             )
-            return algorithm.apart(call.plan, displacements), after, ratio.astype(state.step_ratio.dtype)
+            return algorithm.unpacked(call.plan, displacements), after, ratio.astype(state.step_ratio.dtype)
 
         own, points = state._replace(inner=None), call.constrained
         gradients = {path: call.leaves[path] for path in points}
         tangents, refused = automatic(line_5, points, gradients, own, like=(points, state.refused.constrained))
         free, refused_free = algorithm.without_refused_free(call.free)
         directions, inner_state = inner.update(call.answer(free | tangents), state.inner, params, **extra_args)
-        follow = called("fg.on_manifolds(inner)", call.plan, directions, params)
+        follow = called(f"{link}(inner)", call.plan, directions, params)
         like = points, before, state.step_ratio
         displacements, after, ratio = automatic(
             lines_7_and_8, points, {path: follow.leaves[path] for path in points}, own, feature_moments, like=like

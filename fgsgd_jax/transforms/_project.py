@@ -65,7 +65,7 @@ def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTra
             del kinds
             (gradients,) = algorithm.packed(call.plan, {path: leaves[path] for path in points})
             refused = algorithm.refused(call.plan, gradients)
-            return algorithm.apart(call.plan, algorithm.without_refused(call.plan, gradients, refused)), refused
+            return algorithm.unpacked(call.plan, algorithm.without_refused(call.plan, gradients, refused)), refused
 
         like = call.constrained, state.refused.constrained
         passed, refused = automatic(

@@ -60,28 +60,34 @@ def rescale(
       >>> round(float(fg.radii(state)["w"][0, 0]), 6)
       0.666667
     """
+    return rescaled("fg.rescale", plan, *options("fg.rescale", rescaling, initial_radii, old))
+
+
+def rescaled(
+    link: str, plan: PlanOrRules, rescaling: Rescaling, initial_radii: InitialRadii
+) -> optax.GradientTransformationExtraArgs:
+    """`rescale` by the name that its errors give."""
     plan = as_rules(plan)
-    rescaling, initial_radii = options("fg.rescale", rescaling, initial_radii, old)
 
     def init(params: Any) -> Any:
-        start = started("fg.rescale", plan, params)
-        check_on_manifold("fg.rescale", start, params, initial_radii)
+        start = started(link, plan, params)
+        check_on_manifold(link, start, params, initial_radii)
         kinds = kinds_of(start.plan)
         scale = Scale(start.plan, rescaling, initial_radii).init(kinds, start.leaves)
         return start.beside(RescaleState(names_of(start.plan), kinds, *scale))
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
-        call = called("fg.rescale", plan, updates, params)
+        call = called(link, plan, updates, params)
         before = ScaleState(state.radii, state.lambdas)
-        check_still_on_manifold("fg.rescale", call, params, before)
+        check_still_on_manifold(link, call, params, before)
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def line_8(kinds: Stacks, before: ScaleState, points: ByPath, leaves: ByPath, feature_moments: Any) -> Any:
             after = scale.advance(before, kinds, feature_moments)
             points, moves = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
             reached = algorithm.rescale(call.plan, kinds, points, moves, after.radii)
-            return algorithm.apart(call.plan, reached), after
+            return algorithm.unpacked(call.plan, reached), after
 
         like = call.constrained, before
         displacements, after = automatic(

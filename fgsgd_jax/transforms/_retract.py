@@ -64,7 +64,7 @@ def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) ->
             displacements, ratio = algorithm.retract(
                 call.plan, kinds, radii, points, directions, is_tangent=True, share_out=share_out
             )
-            return algorithm.apart(call.plan, displacements), ratio.astype(state.step_ratio.dtype)
+            return algorithm.unpacked(call.plan, displacements), ratio.astype(state.step_ratio.dtype)
 
         like = call.constrained, state.step_ratio
         displacements, ratio = automatic(line_7, state.kinds, call.constrained, call.leaves, like=like)

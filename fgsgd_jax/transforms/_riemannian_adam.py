@@ -12,7 +12,7 @@ from ..linalg import squared_norm
 from ..manifolds import compute_dtype
 from . import _algorithm as algorithm
 from ._call import PlanOrRules, called, started
-from ._on_manifolds import on_manifolds
+from ._on_manifolds import wrapped
 from ._rescaling import InitialRadii, Rescaling, options
 from ._states import ByPath
 from ._zeta import Scalar
@@ -90,7 +90,7 @@ def riemannian_adam(
     plan = as_rules(plan)
     rescaling, initial_radii = options("fg.riemannian_adam", rescaling, initial_radii, old)
     inner = optax.chain(_scale_by_riemannian_adam(plan, b1, b2, eps), optax.scale_by_learning_rate(learning_rate))
-    return on_manifolds(inner, plan, rescaling=rescaling, initial_radii=initial_radii, share_out=share_out)
+    return wrapped("fg.riemannian_adam", inner, plan, rescaling, initial_radii, share_out)
 
 
 def _scale_by_riemannian_adam(
@@ -110,7 +110,7 @@ def _scale_by_riemannian_adam(
         def carried(kinds: Stacks, points: ByPath, moments: ByPath) -> ByPath:
             points, moments = algorithm.packed(call.plan, points, moments)
             radii = algorithm.radii_of(call.plan, kinds, points)
-            return algorithm.apart(call.plan, algorithm.project(call.plan, kinds, radii, points, moments).tangents)
+            return algorithm.unpacked(call.plan, algorithm.project(call.plan, kinds, radii, points, moments).tangents)
 
         def of_matrices(kinds: Stacks, gradients: ByPath) -> ByPath:
             """‖g‖_F² in every entry of a constrained matrix, g² in those of a Euclidean one."""
@@ -121,7 +121,7 @@ def _scale_by_riemannian_adam(
                 on = algorithm.mixture_of(bucket, kind).constrained(jnp.ones_like(total)) > 0
                 square = jnp.where(on[..., None, None], total[..., None, None], jnp.square(g))
                 squares |= algorithm.tensors_of(bucket, square, gradients)
-            return algorithm.apart(call.plan, squares)
+            return algorithm.unpacked(call.plan, squares)
 
         points = call.constrained
         moments = {path: mu[path] for path in points}

@@ -10,8 +10,8 @@ from ..groups import as_plan, as_rules, by_path, unboxed
 from ..manifolds import Steepest
 from ._call import PlanOrRules
 from ._project import refuse
-from ._rescale import rescale
-from ._rescaling import InitialRadii, Rescaling
+from ._rescale import rescaled
+from ._rescaling import InitialRadii, Rescaling, options
 from ._retract import retract
 from ._steepest import steepest
 from ._zeta import Scalar
@@ -193,7 +193,7 @@ def _descent(
         steepest(plan, method, coarse=coarse),
         optax.masked(optax.scale_by_learning_rate(learning_rate), in_plan(plan)),
         retract(plan, share_out=share_out),
-        rescale(plan, rescaling, initial_radii=initial_radii),
+        rescaled(link, plan, *options(link, rescaling, initial_radii, {})),
     )
 
 

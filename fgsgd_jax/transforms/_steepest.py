@@ -79,7 +79,7 @@ def steepest(
         def directions(kinds: Stacks, points: ByPath, leaves: ByPath) -> ByPath:
             points, vectors = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
             found = algorithm.steepest(call.plan, kinds, points, vectors, method, tangent, coarse)
-            return algorithm.apart(call.plan, found)
+            return algorithm.unpacked(call.plan, found)
 
         return call.answer(
             automatic(directions, state.kinds, call.constrained, call.leaves, like=call.constrained)
