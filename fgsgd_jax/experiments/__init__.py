@@ -19,6 +19,7 @@ _HOMES = {
     "Trainer": "_trainer",
     "UsageError": "_errors",
     "build": "_models",
+    "continued": "_text",
     "draw": "_picture",
     "fit": "_fit",
     "hold_out": "_data",
