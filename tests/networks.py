@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import helpers as h
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,14 @@ RULES = [
 MIXED = [("kernel", fg.PIO([fg.Sphere(), fg.Oblique(), fg.Stiefel()])), ("*", None)]
 
 
+SMALL_SHAPES = {"conv/kernel": (3, 3, 2, 6), "conv/bias": (6,), "dense/kernel": (4, 3), "dense/bias": (3,)}
+SMALL_RULES = [
+    ("conv/kernel", fg.PIO([fg.Sphere(), fg.Oblique(), fg.Stiefel()])),
+    ("dense/kernel", fg.Whole(fg.Stiefel())),
+    ("*", None),
+]
+
+
 def nested(flat):
     tree = {}
     for path, value in flat.items():
@@ -52,6 +62,15 @@ def gaussians(shapes, dtype, number=0, scale=0.3):
     return nested({path: jnp.asarray(scale * rng.standard_normal(s), dtype) for path, s in shapes.items()})
 
 
+@functools.cache
+def small_network():
+    """Of a kernel and a matrix, for what does not depend on how many there are; in float32."""
+    params = gaussians(SMALL_SHAPES, "float32")
+    plan = fg.plan(params, SMALL_RULES)
+    return fg.initialize(jax.random.key(0), params, plan), plan
+
+
+@functools.cache
 def network(seed=0, dtype="float64", **options):
     params = gaussians(SHAPES, dtype, seed)
     plan = fg.plan(params, RULES, seed=seed, **options)

@@ -159,7 +159,7 @@ def test_no_byte_is_told_by_what_comes_after_it(weights):
     model, params = weights
     tokens = jax.random.randint(jax.random.key(1), (1, 10), 0, 256, jnp.int32)
     both = jnp.concatenate([tokens, tokens.at[0, 6].set((tokens[0, 6] + 1) % 256)])
-    logits, other = model.apply(params, {}, both, True, False)[0]
+    logits, other = jax.jit(model.apply, static_argnums=(3, 4))(params, {}, both, True, False)[0]
     np.testing.assert_allclose(logits[:6], other[:6], atol=1e-6)
     assert np.all(np.abs(logits[6:] - other[6:]).max(-1) > 1e-4)
 
@@ -167,9 +167,10 @@ def test_no_byte_is_told_by_what_comes_after_it(weights):
 def test_a_continuation_is_drawn_from_the_models_own_probabilities(weights):
     """At a temperature near zero: the likeliest byte every time, seen through a window of the last bytes."""
     (model, params), context = weights, 4
+    apply = jax.jit(model.apply, static_argnums=(3, 4))
     text = list(b"abcd")
     for _ in range(6):
-        logits, *_ = model.apply(params, {}, jnp.asarray([text[-context:]], jnp.int32), False, False)
+        logits, *_ = apply(params, {}, jnp.asarray([text[-context:]], jnp.int32), False, False)
         text.append(int(logits[0, -1].argmax()))
     written = continued(model, params, np.frombuffer(b"abcd", np.uint8), 6, context, temperature=1e-6)
     shown = bytes(text[4:]).decode(errors="replace")

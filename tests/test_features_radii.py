@@ -115,7 +115,7 @@ def test_dead_channels_keep_their_scale_and_are_counted():
     )
     x = jax.random.normal(jax.random.key(0), (50, 4)) * jnp.array([[2.0, 0.0, 1.0, 1.0]]) + 3
     still = jax.tree.map(jnp.zeros_like, params)
-    _, state = tx.update(still, state, params, feature_moments=moments_of(x))
+    _, state = jax.jit(tx.update)(still, state, params, feature_moments=moments_of(x))
     radii, gamma = fg.radii(state), plan["l0/kernel"].gamma
     assert np.all(np.isfinite(radii["l0/kernel"]))
     np.testing.assert_allclose(radii["l0/kernel"][1], gamma, rtol=1e-6)
@@ -128,7 +128,7 @@ def test_a_floor_bounds_the_radii_by_gamma():
     plan, params, tx, state = started(layers((3, 3, 4, 6)), fg.Each(fg.Sphere()), every=1, floor=1.0, max_change=None)
     x = jax.random.normal(jax.random.key(0), (50, 4)) * jnp.array([[0.1, 0.5, 1.5, 1.9]])
     still = jax.tree.map(jnp.zeros_like, params)
-    _, state = tx.update(still, state, params, feature_moments=moments_of(x))
+    _, state = jax.jit(tx.update)(still, state, params, feature_moments=moments_of(x))
     ratio = np.asarray(fg.radii(state)["l0/kernel"][:, 0]) / plan["l0/kernel"].gamma
     np.testing.assert_allclose(ratio[:2], 1, rtol=1e-6)
     np.testing.assert_allclose(ratio[2:], 1 / np.std(x, axis=0)[2:], rtol=1e-5)
@@ -188,7 +188,7 @@ WHOLE = fg.Whole(fg.Stiefel(), view="i o -> 1 1 i o")
 BY_CHANNEL = fg.Each(fg.Sphere(), view="i o -> i 1 o 1")
 
 
-@pytest.mark.parametrize("depth", [10, 20, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("depth", [10, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (20, 50))])
 @pytest.mark.parametrize(
     ("scheme", "ordered", "max_change", "after", "spread"),
     [

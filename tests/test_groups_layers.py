@@ -1,5 +1,7 @@
 """Stacks of layers: what `layers=k` says of a tensor is what would be said of its layers one by one."""
 
+import functools
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -157,6 +159,7 @@ RULES = {
 }
 
 
+@functools.cache
 def stacks_and_layers(scale=1.0):
     """Stacks of (2, 3) and 3 layers drawn on their manifolds; the same layers in lists; and both plans."""
     lengths = {"slices": (2, 3), "neurons": (3,), "heads": (3,)}

@@ -1,12 +1,14 @@
 """What a state holds for each parameter has the tree of the parameters, so that rules for parameters apply to it."""
 
+import functools
+
 import chex
 import jax
 import numpy as np
 import optax
 import pytest
 from chains import chained
-from networks import RULES, SHAPES, flat, gaussians, network
+from networks import SMALL_RULES, SMALL_SHAPES, flat, gaussians, small_network
 
 import fgsgd_jax as fg
 
@@ -25,11 +27,12 @@ pytestmark = pytest.mark.usefixtures("lenient_promotion")
 CASES = pytest.mark.parametrize(("make", "copies"), OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
+@functools.cache
 def moved(make):
     """An optimizer, parameters and a state in which no array of numbers is zero."""
-    params, plan = network(dtype="float32")
+    params, plan = small_network()
     tx = optax.with_extra_args_support(make(plan))
-    _, state = jax.jit(tx.update)(gaussians(SHAPES, "float32", 3), tx.init(params), params)
+    _, state = jax.jit(tx.update)(gaussians(SMALL_SHAPES, "float32", 3), tx.init(params), params)
     return tx, params, state
 
 
@@ -70,10 +73,10 @@ def test_what_is_not_kept_for_parameters_is_told_apart(make, copies):
     assert len(leaves) == len(jax.tree.leaves(state))
     for leaf, kept in zip(leaves, jax.tree.leaves(state), strict=True):
         assert leaf in ("other", f"like {kept.shape}")
-    assert leaves.count("other") == len(leaves) - copies * len(SHAPES)
+    assert leaves.count("other") == len(leaves) - copies * len(SMALL_SHAPES)
 
 
 @CASES
 def test_the_state_is_the_same_for_rules_in_the_place_of_a_plan(make, copies):
-    params, plan = network(dtype="float32")
-    chex.assert_trees_all_equal(make(plan).init(params), make(RULES).init(params))
+    params, plan = small_network()
+    chex.assert_trees_all_equal(make(plan).init(params), make(SMALL_RULES).init(params))

@@ -146,7 +146,7 @@ class Plain:
 
 class Net(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.first, self.second = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)
+        self.first, self.second = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(3, 4, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
         return self.second(nnx.relu(self.first(x)))
@@ -178,7 +178,7 @@ def partitioned() -> Any:
 def equinox(filtered: bool = True) -> Any:
     import equinox as eqx
 
-    model = eqx.nn.MLP(4, 2, 3, 1, key=jax.random.key(0))
+    model = eqx.nn.MLP(3, 3, 4, 1, key=jax.random.key(0))
     return eqx.filter(model, eqx.is_inexact_array) if filtered else model
 
 
@@ -434,7 +434,7 @@ def in_mode(mode: Callable[[], Any], **options: Any) -> Callable[[], None]:
 def uncompiled() -> None:
     with jax.disable_jit():
         params = {"k": kernel(4, 3), "b": kernel(3)}
-        plan = fg.plan(params, rules_of(params))
+        plan = fg.plan(params, [("k", fg.Each(fg.Sphere(), view="neurons")), ("*", None)])
         before = fg.initialize(jax.random.key(0), params, plan)
         tx = fg.fgsgd(0.1, plan)
         after, state = stepper(tx, lambda f: f)(before, tx.init(before))
