@@ -539,7 +539,8 @@ def guarded() -> None:
 
 HEAD = """# Trees and tools
 
-`python tools/trees.py` writes this page, and the tests compare it. Every row names its test in `tests/test_trees.py`.
+`python tools/trees.py` writes this page, and the tests compare it. Every table names the test in `tests/test_trees.py`
+that runs its rows, each under the row's own name.
 *Works* means: the plan finds every leaf, two steps move all
 weights and keep them on their manifolds, and `fg.radii`, `fg.metrics`, `fg.refused` and `fg.nearest` read the state.
 *Refused* is an error that names the path, what was found, and what to write. Which optimizers of Optax work, and in
@@ -566,10 +567,10 @@ def document() -> str:
     parts = [HEAD]
     for title, (cases, test) in SECTIONS.items():
         parts.append(f"## {title}\n\n" + (BELOW[title] + "\n\n" if title in BELOW else ""))
-        parts.append("| | found | | test |\n| --- | --- | --- | --- |\n")
+        parts.append(f"| `{test}` | found | |\n| --- | --- | --- |\n")
         for name, case in cases.items():
             found = WORKS if case.refused is None else "refused"
-            parts.append(f"| {name} | {found} | {case.remedy} | `{test}[{name}]` |\n")
+            parts.append(f"| {name} | {found} | {case.remedy} |\n")
         parts.append("\n")
     return "".join(parts) + many_leaves()
 
