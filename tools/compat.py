@@ -302,14 +302,19 @@ def of_optimizer(
 
 
 def of_wrapper(
-    name: str, place: str, optimizer: str, dtypes: tuple[str, ...] = DTYPES, constraining: bool = True
+    name: str,
+    place: str,
+    optimizer: str,
+    dtypes: tuple[str, ...] = DTYPES,
+    constraining: bool = True,
+    schemes: tuple[str, ...] = tuple(SCHEMES),
 ) -> dict[str, dict[str, str]]:
     """`outcomes` of a wrapper around fg.on_manifolds, or inside it around the optimizer."""
     wrapper, make = WRAPPERS[name], at_own_rate(optimizer)
     wrap = wrapper.around if place == AROUND else wrapper.inside
     return outcomes(
         lambda p: wrap(make, p),
-        problem(constraining=constraining),
+        problem(schemes, constraining),
         dtypes,
         *((wrapper.put, wrapper.get) if place == AROUND else ()),
         options=()
