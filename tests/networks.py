@@ -63,11 +63,11 @@ def gaussians(shapes, dtype, number=0, scale=0.3):
 
 
 @functools.cache
-def small_network():
+def small_network(seed=0):
     """Of a kernel and a matrix, for what does not depend on how many there are; in float32."""
-    params = gaussians(SMALL_SHAPES, "float32")
-    plan = fg.plan(params, SMALL_RULES)
-    return fg.initialize(jax.random.key(0), params, plan), plan
+    params = gaussians(SMALL_SHAPES, "float32", seed)
+    plan = fg.plan(params, SMALL_RULES, seed=seed)
+    return fg.initialize(jax.random.key(seed), params, plan), plan
 
 
 @functools.cache

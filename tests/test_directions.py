@@ -460,18 +460,19 @@ def test_float32_weights_stay_on_their_manifolds(name, request):
 
 def test_a_plan_does_as_its_rules():
     params, gradients = mixed()
-    by_plan = MAKE["spel, nesterov"](fg.plan(params, RULES))
-    found = [
-        update(gradients, tx.init(params), params)[0]
-        for tx, update in (optimizer("spel, nesterov"), (by_plan, jax.jit(by_plan.update)))
-    ]
-    jax.tree.map(np.testing.assert_array_equal, *found)
+    programs, states = [], []
+    for rules in (RULES, fg.plan(params, RULES)):
+        tx = MAKE["spel, nesterov"](rules)
+        states.append(tx.init(params))
+        programs.append(jax.jit(tx.update).lower(gradients, states[-1], params).as_text())
+    assert programs[0] == programs[1]
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_one_step_is_so_many_radii(lenient_promotion):
     """The learning rate is relative to the radius: the same relative step at every radius."""
     lengths = []
-    for radius in (1e-3, 1.0, 50.0):
+    for radius in (1e-3, 50.0):
         params = {"w": radius * jnp.eye(6, 4, dtype=jnp.float64)}
         tx = fg.spel(0.05, [("w", fg.Whole(fg.Stiefel(radius=radius), view=WHOLE))])
         gradients = {"w": jnp.cos(jnp.arange(24, dtype=jnp.float64)).reshape(6, 4)}

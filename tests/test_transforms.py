@@ -37,7 +37,7 @@ import fgsgd_jax as fg
         pytest.param("float64", 1e-9, {"momentum": 0.9, "nesterov": True}, marks=pytest.mark.slow),
         pytest.param("float64", 1e-9, {"momentum": 0.5, "rho": 0.3, "curvature": 50.0}, marks=pytest.mark.slow),
         pytest.param("float32", 1e-5, {}, marks=pytest.mark.slow),
-        ("float32", 1e-5, {"momentum": 0.9}),
+        pytest.param("float32", 1e-5, {"momentum": 0.9}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from chains import chained
-from networks import MIXED, SHAPES, flat, gaussians, network
+from networks import MIXED, SHAPES, SMALL_SHAPES, flat, gaussians, network, small_network
 
 import fgsgd_jax as fg
 
@@ -48,16 +48,16 @@ def test_nothing_of_the_plans_size_is_a_constant(make):
 @pytest.mark.parametrize("make", [fg.fgsgd, pytest.param(chained, marks=pytest.mark.slow)], ids=["fgsgd", "chain"])
 def test_plans_of_two_seeds_share_a_program(make):
     def setting(seed):
-        params, plan = network(seed)
+        params, plan = small_network(seed)
         return (
             params,
             plan,
             make(plan=plan, **{"learning_rate" if make is fg.fgsgd else "rate": 0.1}, momentum=0.9),
         )
 
-    grads = gaussians(SHAPES, "float64", 3)
+    grads = gaussians(SMALL_SHAPES, "float32", 3)
     (params_0, plan_0, tx_0), (params_1, plan_1, tx_1) = setting(0), setting(1)
-    assert np.any(np.asarray(plan_0["conv1/kernel"].member) != np.asarray(plan_1["conv1/kernel"].member))
+    assert np.any(np.asarray(plan_0["conv/kernel"].member) != np.asarray(plan_1["conv/kernel"].member))
     step = jax.jit(tx_0.update)
     state_0, state_1 = tx_0.init(params_0), tx_1.init(params_1)
     chex.assert_trees_all_equal_structs(state_0, state_1)
@@ -67,8 +67,8 @@ def test_plans_of_two_seeds_share_a_program(make):
     shared, state_1 = step(grads, state_1, params_1)
     own, _ = jax.jit(tx_1.update)(grads, tx_1.init(params_1), params_1)
     assert step._cache_size() == 1
-    chex.assert_trees_all_close(shared, own, rtol=0, atol=1e-12)
-    assert np.max(np.abs(flat(shared)["conv1/kernel"] - flat(first)["conv1/kernel"])) > 1e-3
+    chex.assert_trees_all_close(shared, own, rtol=0, atol=1e-6)
+    assert np.max(np.abs(flat(shared)["conv/kernel"] - flat(first)["conv/kernel"])) > 1e-3
     # Nor does a second step compile again: the state's types are stable, weak ones included.
     step(grads, state_1, optax.apply_updates(params_1, shared))
     assert step._cache_size() == 1

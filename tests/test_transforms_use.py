@@ -236,9 +236,9 @@ def test_keywords_of_the_first_version_warn_and_give_the_same(name, options):
 
     def trained(tx):
         tx = optax.with_extra_args_support(tx)
-        state, here = tx.init(params), params
+        state, here, update = tx.init(params), params, jax.jit(tx.update)
         for _ in range(3):
-            updates, state = tx.update(grads, state, here, feature_moments=moments)
+            updates, state = update(grads, state, here, feature_moments=moments)
             here = optax.apply_updates(here, updates)
         return here, fg.radii(state)
 
