@@ -286,7 +286,7 @@ def test_a_rate_that_diverges_is_not_chosen():
 def test_the_picture_reaches_down_to_the_rows(errors, lowest, tmp_path, monkeypatch):
     limits = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: limits.append(figure.axes[0].get_ylim()))
-    training = {"row": "euc", "stage": "test", "seed": 0, "error": 50.0, "train_error": errors}
-    comparison = {"rows": ["euc"], "seeds": 1, "base": TrainConfig().to_dict()}
+    training = {"row": "euc", "stage": "test", "lr": 0.1, "seed": 0, "error": 50.0, "train_error": errors}
+    comparison = {"rows": ["euc"], "lrs": [0.1], "seeds": 1, "base": TrainConfig().to_dict()}
     draw({"comparison": comparison, "trainings": [training]}, tmp_path / "picture.png")
     assert limits == [(lowest, 100)]

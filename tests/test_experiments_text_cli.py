@@ -146,9 +146,10 @@ def test_a_comparison_tunes_by_loss_reports_and_goes_on_where_it_was(place, refu
 def test_a_losss_place_in_the_picture_is_the_middle_of_its_steps(tmp_path, monkeypatch):
     places = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: places.append(figure.axes[0].lines[0].get_xdata()))
-    training = {"row": "adamw", "stage": "test", "seed": 0, "loss": 1.0, "train_loss": [3.0, 2.0, 1.0]}
+    training = {"row": "adamw", "stage": "test", "lr": 0.01, "seed": 0, "loss": 1.0, "train_loss": [3.0, 2.0, 1.0]}
     base = TextConfig(steps=10, report_every=4).to_dict()
-    draw({"comparison": {"rows": ["adamw"], "seeds": 1, "base": base}, "trainings": [training]}, tmp_path / "out.png")
+    comparison = {"rows": ["adamw"], "lrs": [1.0], "seeds": 1, "base": base}
+    draw({"comparison": comparison, "trainings": [training]}, tmp_path / "out.png")
     np.testing.assert_array_equal(places, [[2, 6, 9]])
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Comparison:
     seeds: int
     tuning_seeds: int
     held_out: float
+    widen: int = 0
+    """how many rates a row may try beyond an end of the grid, one by one, as long as the best lies there"""
 
     def to_dict(self) -> Record:
         """As JSON reads it. A folder of data goes by its name, for people: its path is of one machine."""
@@ -109,11 +111,14 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
     for row in comparison.rows:
         config = row_config(row, comparison.base)
         held_out = dataclasses.replace(config, validation=comparison.held_out)
-        rates = row_rates(comparison.lrs, row, comparison.base)
-        for lr in rates if len(rates) > 1 else ():
-            for number in range(comparison.tuning_seeds):
-                add(row, "tuning", lr, TUNING_SEED + number, held_out)
-        lr = chosen_rate(rates, row, results, criterion)
+        # A single rate is not tuned.
+        tried = comparison.lrs[:1]
+        while (grid := row_grid(row, header["comparison"], results)) != tried:
+            for lr in row_rates(grid, row, comparison.base):
+                for number in range(comparison.tuning_seeds):
+                    add(row, "tuning", lr, TUNING_SEED + number, held_out)
+            tried = grid
+        lr = row_rate(row, header["comparison"], results)
         for seed in range(comparison.seeds):
             add(row, "test", lr, seed, config)
         trainers.forget()
@@ -162,7 +167,7 @@ def _shared(comparison: Record) -> Record:
     """The options that trainings must have in common to be compared; those that the file does not know yet are at their
     defaults. The data go by their content.
     """
-    shared = {name: value for name, value in comparison.items() if name not in ("rows", "seeds")}
+    shared = {name: value for name, value in comparison.items() if name not in ("rows", "seeds", "widen")}
     return shared | {"base": dataclasses.replace(config_from_dict(shared["base"]), data="")}
 
 
@@ -193,6 +198,40 @@ def chosen_rate(lrs: Sequence[float], row: str, results: Sequence[Record], crite
         return float(np.mean([r["error"] for r in tried])) if criterion == "error" else 0.0, sum(losses)
 
     return min(lrs, key=score)
+
+
+def row_grid(row: str, comparison: Mapping[str, Any], results: Sequence[Record]) -> tuple[float, ...]:
+    """The grid of a row as far as it is known: that of all rows, and beyond an end at which the best rate lies another.
+
+    Args:
+        row: the row.
+        comparison: as `Comparison.to_dict` gives it.
+        results: the trainings so far.
+    """
+    grid, base = sorted(comparison["lrs"]), config_from_dict(comparison["base"])
+    tuned = {(r["row"], r["lr"]) for r in results if r["stage"] == "tuning"}
+    for _ in range(comparison.get("widen", 0)):
+        rates = row_rates(grid, row, base)
+        if len(rates) == 1 or any((row, rate) not in tuned for rate in rates):
+            break
+        best = chosen_rate(rates, row, results, criterion_of(base))
+        if best == rates[0]:
+            grid.insert(0, _rounded(grid[0] ** 2 / grid[1]))
+        elif best == rates[-1]:
+            grid.append(_rounded(grid[-1] ** 2 / grid[-2]))
+        else:
+            break
+    return tuple(grid)
+
+
+def row_rate(row: str, comparison: Mapping[str, Any], results: Sequence[Record]) -> float:
+    """The rate that the search found for a row."""
+    base = config_from_dict(comparison["base"])
+    return chosen_rate(row_rates(row_grid(row, comparison, results), row, base), row, results, criterion_of(base))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.6g}")
 
 
 class _Trainers:

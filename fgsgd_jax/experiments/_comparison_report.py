@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ._compare import chosen_rate, criterion_of
+from ._compare import criterion_of, row_grid, row_rate
 from ._config import Config
 from ._paired import CONFIDENCE, RESAMPLES, paired_difference
 from ._picture import COLOURS, ERROR_TICKS
@@ -79,22 +79,22 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
             ),
             "",
         ]
-    grid = [row for row in rows if len(comparison["lrs"]) > 1]
-    if grid:
+    if len(comparison["lrs"]) > 1:
+        grid = sorted({lr for row in rows for lr in row_grid(row, comparison, trainings)})
         lines += [
             f"## The search: mean {criterion} on the {'text' if text else 'images'} held out",
             "",
             *_table(
-                ["row", *(f"{'× ' * text}{lr:g}" for lr in comparison["lrs"])],
+                ["row", *(f"{'× ' * text}{lr:g}" for lr in grid)],
                 (
                     [
                         row,
                         *(
                             _mean(_tuned(trainings, row, lr, criterion), _DIGITS[criterion])
-                            for lr in row_rates(comparison["lrs"], row, base)
+                            for lr in row_rates(grid, row, base)
                         ),
                     ]
-                    for row in grid
+                    for row in rows
                 ),
             ),
             "",
@@ -253,7 +253,7 @@ def _summary(trainings: list[Any], comparison: Mapping[str, Any], base: Config, 
     first, second = ("loss", "error") if criterion == "loss" else ("error", "loss")
     return [
         row,
-        f"{chosen_rate(row_rates(comparison['lrs'], row, base), row, trainings, criterion):g}",
+        f"{row_rate(row, comparison, trainings):g}",
         figures[first][0],
         figures[second][0],
         figures[first][1],
@@ -280,9 +280,14 @@ def _against(trainings: list[Any], row: str, reference: str, criterion: str) -> 
 
 
 def _asked(found: Mapping[str, Any]) -> list[Any]:
-    """The trainings without the seeds that another command added."""
-    seeds = found["comparison"]["seeds"]
-    return [t for t in found["trainings"] if t["stage"] == "tuning" or t["seed"] < seeds]
+    """The trainings without those that another command added: more seeds, or tests at the best rate of a narrower grid."""
+    comparison, trainings = found["comparison"], found["trainings"]
+    rates = {row: row_rate(row, comparison, trainings) for row in comparison["rows"]}
+    return [
+        t
+        for t in trainings
+        if t["stage"] == "tuning" or (t["seed"] < comparison["seeds"] and t["lr"] == rates.get(t["row"]))
+    ]
 
 
 def _tests(trainings: list[Any], row: str) -> list[Any]:

@@ -11,6 +11,7 @@ from .._schemes import Retraction
 from ._corpus import TextSet, load_text
 
 Optimizer = Literal["adamw", "muon", "hyperball", "muon-hyperball", "spel", "manifold-muon", "on-manifolds", "fgsgd"]
+Start = Literal["uniform", "nearest", "free"]
 Scheme = Literal["auto", "euc", "spheres", "stiefel", "heads", "oblique", "po-heads", "pio-tiles"]
 
 # What the weights of each optimizer live on, where nothing else is asked for.
@@ -94,8 +95,9 @@ class TextConfig(Config):
     """AdamW's and Muon's, on free matrices."""
     tangent: Literal["on", "off"] = "on"
     """Project onto the tangent space before spel's direction, or not."""
-    start: Literal["uniform", "nearest"] = "uniform"
-    """Constrained weights begin uniform on their manifolds, or at the nearest point to where free ones begin."""
+    start: Start = "uniform"
+    """Constrained weights begin uniform on their manifolds, at the nearest point to where free ones begin, or where
+    free ones begin: the first gradient is taken there, and the first step leads to the manifolds."""
     retraction: Retraction = "polar"
     """How Stiefel weights return to their manifold."""
     seed: int = 0

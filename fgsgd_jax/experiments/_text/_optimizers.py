@@ -1,10 +1,13 @@
 """The optimizers of a GPT."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
+from jaxtyping import Array, Bool
 from optax import contrib
 from optax.contrib import MuonDimensionNumbers
 
@@ -70,7 +73,33 @@ def make_text_optimizer(
             fg.retract(plan),
             fg.rescale(plan),
         )
+    if config.start == "free" and plan is not None:
+        tx = _from_free_weights(tx, plan)
     return optax.with_extra_args_support(tx)
+
+
+class FreeStart(NamedTuple):
+    """The state of an optimizer whose first weights are free."""
+
+    begun: Bool[Array, ""]
+    inner: Any
+
+
+def _from_free_weights(tx: optax.GradientTransformation, plan: fg.Plan) -> optax.GradientTransformationExtraArgs:
+    """`tx` with a first update from weights off their manifolds: its step at the nearest points, with their gradient."""
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> FreeStart:
+        return FreeStart(jnp.zeros((), bool), tx.init(fg.nearest(params, plan)))
+
+    def update(updates: Any, state: FreeStart, params: Any = None, **extra_args: Any) -> tuple[Any, FreeStart]:
+        near = lax.cond(state.begun, lambda tree: tree, lambda tree: fg.nearest(tree, plan), params)
+        moved, inner = tx.update(updates, state.inner, near, **extra_args)
+        # Exactly zero from the second update on.
+        gaps = jax.tree.map(jnp.subtract, near, params)
+        return jax.tree.map(jnp.add, moved, gaps), FreeStart(jnp.ones((), bool), inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _adamw(config: TextConfig, rate: optax.Schedule, plan: fg.Plan | None = None) -> optax.GradientTransformation:
