@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.linalg
 import scipy.optimize
 
 import fgsgd_jax as fg
@@ -290,6 +291,25 @@ def test_link_gives_each_matrix_its_own_direction(tangent):
         x, g, u = (split(plan, path, tree[path])[index] for tree in (params, gradients, updates))
         np.testing.assert_allclose(u, steepest(kind, x, g, s, tangent), rtol=0, atol=1e-8, err_msg=path)
     np.testing.assert_array_equal(updates["bias"], gradients["bias"])
+
+
+def test_euclidean_heads_are_muon_by_heads():
+    """A view gives each head its own msign, and free heads go where SciPy's polar factors of their momenta lead."""
+    rules = [("in", fg.Whole(fg.Euclidean(), view="i h d -> 1 h i d")), ("out", fg.Each(fg.Euclidean(), view="heads"))]
+    zeros = {"in": jnp.zeros((6, 2, 3), "float64"), "out": jnp.zeros((2, 3, 6), "float64")}
+    params, momenta = gradients_of(zeros, 0), dict.fromkeys(zeros, 0.0)
+    tx = fg.spel(0.1, rules, 0.9, free=optax.sgd(0.5))
+    state, update, theirs = tx.init(params), jax.jit(tx.update), {path: np.array(x) for path, x in params.items()}
+    for step in (1, 2):
+        gradients = gradients_of(zeros, step)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        momenta = {path: 0.9 * momenta[path] + np.asarray(g) for path, g in gradients.items()}
+        for head in range(2):
+            theirs["in"][:, head] -= 0.1 * scipy.linalg.polar(momenta["in"][:, head])[0]
+            theirs["out"][head] -= 0.1 * scipy.linalg.polar(momenta["out"][head])[0]
+    for path, x in theirs.items():
+        np.testing.assert_allclose(params[path], x, rtol=0, atol=1e-10, err_msg=path)
 
 
 def test_no_gradient_no_direction():

@@ -24,7 +24,7 @@ from fgsgd_jax.experiments._checkpoints import Checkpoints
 from fgsgd_jax.experiments._text import SCHEMES, GPTShape, build_gpt, continued, text_rules
 from fgsgd_jax.experiments._text._config import SCHEME_OF
 from fgsgd_jax.experiments._text._gpt import rotated
-from fgsgd_jax.experiments._text._optimizers import make_text_optimizer
+from fgsgd_jax.experiments._text._optimizers import from_free_weights, make_text_optimizer
 from fgsgd_jax.experiments._trainer import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("users_promotion")
@@ -325,6 +325,26 @@ def test_free_weights_may_be_brought_to_the_nearest_point(config, trainer):
     free = np.asarray(params["block_0"]["mlp"]["up"]["kernel"])
     u, _, vt = np.linalg.svd(free, full_matrices=False)
     np.testing.assert_allclose(near.start(3).params["block_0"]["mlp"]["up"]["kernel"], 2 * u @ vt, atol=1e-5)
+    off = Trainer(dataclasses.replace(config, start="free").check(), trainer.data)
+    np.testing.assert_array_equal(off.start(3).params["block_0"]["mlp"]["up"]["kernel"], free)
+
+
+def test_the_first_step_may_lead_from_free_weights():
+    """By the gradient there, to where it leads from the nearest points; from then on as from any point."""
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 4), jnp.float32)}
+    plan = fg.plan(params, [("w", fg.Whole(fg.Stiefel()))])
+    grads, tx = jax.tree.map(jnp.cos, params), fg.spel(0.1, plan)
+
+    def two_steps(tx, params):
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(2):
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    found = two_steps(from_free_weights(tx, plan), params)
+    assert fg.violation(found, plan)["w"] < 1e-6
+    np.testing.assert_allclose(found["w"], two_steps(tx, fg.nearest(params, plan))["w"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from fgsgd_jax.experiments.__main__ import main
 from fgsgd_jax.experiments._compare import chosen_rate
 from fgsgd_jax.experiments._comparison_report import draw, report
 from fgsgd_jax.experiments._paired import paired_difference
-from fgsgd_jax.experiments._rows import TEXT_ROWS, check_rows, row_config, row_name, row_rates
+from fgsgd_jax.experiments._rows import check_rows, row_config, row_name, row_rates
+from fgsgd_jax.experiments._text import TextKind
 
 pytestmark = pytest.mark.usefixtures("users_promotion")
 
@@ -102,8 +103,8 @@ def test_help_is_of_its_task_alone(capsys):
 def test_rows_have_one_name_and_their_optimizers_own_grid():
     base = TextConfig().check()
     assert row_name("spel:stiefel~weight-decay=0.50", base) == "spel~wd=0.5"
-    assert {row_name(row, base) for row in TEXT_ROWS} == set(TEXT_ROWS)
-    check_rows(TEXT_ROWS, base)
+    assert {row_name(row, base) for row in TextKind.rows} == set(TextKind.rows)
+    check_rows(TextKind.rows, base)
     assert row_rates((0.3, 1.0), "adamw", base) == (0.003, 0.01)
     assert row_rates((0.3, 1.0), "spel~tangent=off", base) == (0.015, 0.05)
     config = row_config("spel:heads~tangent=off", base)

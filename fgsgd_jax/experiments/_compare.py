@@ -15,14 +15,13 @@ import fgsgd_jax as fg
 
 from ._augment import resolve
 from ._config import Config, TrainConfig
-from ._data import check, data_difference, hold_out
+from ._data import data_difference
 from ._errors import UsageError
 from ._fit import fit
 from ._log import Record, finite
 from ._rows import row_config, row_rates
 from ._state import TrainState
-from ._tasks import AnyConfig, config_from_dict
-from ._text import TextConfig, TextSet, hold_out_text
+from ._tasks import AnyConfig, config_from_dict, kind_of
 from ._trainer import Trainer
 from ._versions import versions
 
@@ -96,7 +95,7 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
     results = [] if found is None else found["trainings"]
     done = {_key(record) for record in results}
     trainers = _Trainers(data)
-    criterion = criterion_of(comparison.base)
+    criterion = kind_of(comparison.base).criterion
 
     def add(row: str, stage: str, lr: float, seed: int, config: Config) -> None:
         record: Record = {"row": row, "stage": stage, "lr": lr, "seed": seed}
@@ -104,6 +103,7 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
             return
         record |= _train(trainers.of(config), lr, seed) | made_now
         results.append(record)
+        done.add(_key(record))
         _write(path, header | {"trainings": results})
         figure = f"loss {record['loss']}" if criterion == "loss" else f"{record['error']:.2f} %"
         say(f"{record['row']}, {record['stage']}, rate {record['lr']:g}, seed {record['seed']}: {figure}")
@@ -182,11 +182,6 @@ def _write(path: Path, found: Record) -> None:
     temporary.replace(path)
 
 
-def criterion_of(base: Config) -> str:
-    """The figure by which rows are tuned and compared: errors of images, losses on text."""
-    return "loss" if isinstance(base, TextConfig) else "error"
-
-
 def chosen_rate(lrs: Sequence[float], row: str, results: Sequence[Record], criterion: str = "error") -> float:
     """The rate of the grid with the least mean error on the images held out, then the least loss; or least loss."""
     if len(lrs) == 1:
@@ -214,7 +209,7 @@ def row_grid(row: str, comparison: Mapping[str, Any], results: Sequence[Record])
         rates = row_rates(grid, row, base)
         if len(rates) == 1 or any((row, rate) not in tuned for rate in rates):
             break
-        best = chosen_rate(rates, row, results, criterion_of(base))
+        best = chosen_rate(rates, row, results, kind_of(base).criterion)
         if best == rates[0]:
             grid.insert(0, _rounded(grid[0] ** 2 / grid[1]))
         elif best == rates[-1]:
@@ -227,7 +222,7 @@ def row_grid(row: str, comparison: Mapping[str, Any], results: Sequence[Record])
 def row_rate(row: str, comparison: Mapping[str, Any], results: Sequence[Record]) -> float:
     """The rate that the search found for a row."""
     base = config_from_dict(comparison["base"])
-    return chosen_rate(row_rates(row_grid(row, comparison, results), row, base), row, results, criterion_of(base))
+    return chosen_rate(row_rates(row_grid(row, comparison, results), row, base), row, results, kind_of(base).criterion)
 
 
 def _rounded(rate: float) -> float:
@@ -243,15 +238,10 @@ class _Trainers:
 
     def of(self, config: Any) -> Trainer:
         if config not in self._trainers:
-            self._trainers[config] = Trainer(config, self._held_out(config.validation))
+            share = config.validation
+            data = kind_of(config).hold_out(self._data, share) if share else self._data
+            self._trainers[config] = Trainer(config, data)
         return self._trainers[config]
-
-    def _held_out(self, share: float) -> Any:
-        if not share:
-            return self._data
-        if isinstance(self._data, TextSet):
-            return hold_out_text(self._data, share)
-        return check(hold_out(self._data, share))
 
     def forget(self) -> None:
         self._trainers.clear()
@@ -285,10 +275,9 @@ def _train(trainer: Trainer, lr: float, seed: int) -> Record:
         "train_loss": [record["train"]["loss"] for record in records],
         "train_error": [record["train"]["error"] for record in records],
         "seconds": sum(record["seconds"]["train"] for record in records),
+        # The first epoch has the compilation in it.
+        "step_seconds": float(np.median([record["seconds"]["step"] for record in records])),
     }
-    if isinstance(trainer.config, TextConfig):
-        # The first stretch has the compilation in it.
-        found["step_seconds"] = float(np.median([record["seconds"]["step"] for record in records]))
     if plan is not None:
         found |= {
             "violation": max(record["violation"] for record in records),

@@ -11,9 +11,10 @@ from .._compare import RESULTS, Comparison, compare, read_results
 from .._comparison_report import draw, report
 from .._config import TrainConfig, option
 from .._errors import UsageError, unknown
-from .._rows import ROWS, TEXT_ROWS, check_rows, row_name
+from .._image_kind import ImageKind
+from .._rows import check_rows, row_name
 from .._tasks import CONFIGS
-from .._text import TextConfig
+from .._text import TextConfig, TextKind
 from .._text._config import Optimizer, Scheme, Start
 from ._command import Command, given
 
@@ -52,7 +53,7 @@ class Compare(Command):
     SHARE: ClassVar[str] = "--held-out"
 
     config: Annotated[SharedConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SharedConfig)
-    rows: str = ",".join(ROWS)
+    rows: str = ",".join(ImageKind.rows)
     """The rows, separated by commas: schemes, by any name that `fgsgd train --scheme` takes. ~option=value after a name
     changes an option of that row: euc~wd=0.005."""
     lrs: str = "0.03,0.1,0.3"
@@ -119,8 +120,8 @@ class Compare(Command):
     def _command(self, comparison: Comparison, folder: Path) -> str:
         """What to type, in the same place, for the same."""
         words = ["fgsgd", "compare"]
-        if isinstance(comparison.base, TextConfig):
-            words += ["--task", "text"]
+        if comparison.base.task != TrainConfig.task:
+            words += ["--task", comparison.base.task]
         for field in dataclasses.fields(comparison.base):
             value = getattr(comparison.base, field.name)
             if field.name not in UNSHARED and value != field.default:
@@ -164,7 +165,7 @@ class TextCompare(Compare):
     config: Annotated[SharedTextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(  # pyright: ignore
         default_factory=SharedTextConfig
     )
-    rows: str = ",".join(TEXT_ROWS)
+    rows: str = ",".join(TextKind.rows)
     """The rows, separated by commas: optimizers as `fgsgd train --task text` takes them, after which :scheme chooses
     other manifolds than the optimizer's own, and ~option=value changes an option: spel:heads~tangent=off."""
     lrs: str = "0.3,1,3"

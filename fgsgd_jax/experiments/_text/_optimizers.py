@@ -13,6 +13,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import fgsgd_jax as fg
 
+from .._paths import mapped
 from ._config import TextConfig
 from ._rules import is_block_matrix
 
@@ -74,7 +75,7 @@ def make_text_optimizer(
             fg.rescale(plan),
         )
     if config.start == "free" and plan is not None:
-        tx = _from_free_weights(tx, plan)
+        tx = from_free_weights(tx, plan)
     return optax.with_extra_args_support(tx)
 
 
@@ -85,14 +86,16 @@ class FreeStart(NamedTuple):
     inner: Any
 
 
-def _from_free_weights(tx: optax.GradientTransformation, plan: fg.Plan) -> optax.GradientTransformationExtraArgs:
-    """`tx` with a first update from weights off their manifolds: its step at the nearest points, with their gradient."""
+def from_free_weights(tx: optax.GradientTransformation, plan: fg.Plan) -> optax.GradientTransformationExtraArgs:
+    """`tx` for weights that begin off their manifolds: its first step leads from the nearest points, by the gradient
+    that was taken off them.
+    """
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> FreeStart:
         return FreeStart(jnp.zeros((), bool), tx.init(fg.nearest(params, plan)))
 
-    def update(updates: Any, state: FreeStart, params: Any = None, **extra_args: Any) -> tuple[Any, FreeStart]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, FreeStart]:
         near = lax.cond(state.begun, lambda tree: tree, lambda tree: fg.nearest(tree, plan), params)
         moved, inner = tx.update(updates, state.inner, near, **extra_args)
         # Exactly zero from the second update on.
@@ -106,7 +109,7 @@ def _adamw(config: TextConfig, rate: optax.Schedule, plan: fg.Plan | None = None
     """AdamW, whose decay is of free matrices alone."""
 
     def decayed(tree: Any) -> Any:
-        return _mask(tree, lambda path, leaf: leaf.ndim > 1 and (plan is None or path not in plan.collections))
+        return mapped(lambda path, leaf: leaf.ndim > 1 and (plan is None or path not in plan.collections), tree)
 
     return optax.adamw(rate, b1=B1, b2=B2, weight_decay=config.weight_decay, mask=decayed)
 
@@ -117,15 +120,14 @@ def _muon(
     """Muon for the matrices of the blocks, all heads of a projection as one; Adam for the rest."""
 
     def dimensions(tree: Any) -> Any:
-        def of_leaf(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if not is_block_matrix(name):
+        def of_leaf(path: str, leaf: Any) -> MuonDimensionNumbers | None:
+            if not is_block_matrix(path):
                 return None
             if leaf.ndim == 2:
                 return MuonDimensionNumbers()
-            return MuonDimensionNumbers((0, 1), 2) if name.endswith("out/kernel") else MuonDimensionNumbers(0, (1, 2))
+            return MuonDimensionNumbers((0, 1), 2) if path.endswith("out/kernel") else MuonDimensionNumbers(0, (1, 2))
 
-        return jax.tree_util.tree_map_with_path(of_leaf, tree)
+        return mapped(of_leaf, tree)
 
     return contrib.muon(
         rate,
@@ -139,10 +141,4 @@ def _muon(
 
 
 def _in_plan(plan: fg.Plan, collected: bool) -> Mask:
-    return lambda tree: _mask(tree, lambda path, leaf: (path in plan.collections) == collected)
-
-
-def _mask(tree: Any, chosen: Callable[[str, Any], bool]) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: chosen(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree
-    )
+    return lambda tree: mapped(lambda path, _: (path in plan.collections) == collected, tree)
