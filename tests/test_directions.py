@@ -531,6 +531,15 @@ def test_the_page_shows_the_optimal_rates_over_widths():
         assert max(found) <= 1.5 * min(found)
 
 
+def test_the_page_shows_the_optimal_rates_over_widths_on_text():
+    widths = pytest.importorskip("text_widths")
+    rows = json.loads(widths.RESULTS.read_text())["rows"]
+    assert widths.table(rows) in (pathlib.Path(__file__).parent.parent / "docs/directions.md").read_text()
+    for row in rows:
+        assert len(row["rates"]) >= 3
+        assert min(row["rates"]) < row["optimum"] < max(row["rates"])
+
+
 def test_weight_decay_is_refused(lenient_promotion):
     params, _ = mixed()
     for make in (fg.spel, fg.manifold_muon):

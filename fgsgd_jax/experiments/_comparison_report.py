@@ -27,7 +27,7 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
         command: what was typed.
         picture: the picture's path beside the report.
     """
-    comparison, trainings = found["comparison"], _asked(found)
+    comparison, trainings = found["comparison"], asked(found)
     rows = [row for row in comparison["rows"] if _tests(trainings, row)]
     base = config_from_dict(comparison["base"])
     kind = kind_of(base)
@@ -169,7 +169,7 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """The rows' training error (or loss, on text) over the epochs (steps), and that of each seed's test."""
-    comparison, trainings = found["comparison"], _asked(found)
+    comparison, trainings = found["comparison"], asked(found)
     base = config_from_dict(comparison["base"])
     kind = kind_of(base)
     criterion = kind.criterion
@@ -234,7 +234,7 @@ def _against(trainings: list[Any], row: str, reference: str, criterion: str) -> 
     return [row, f"{found.mean:+.{digits}f}", interval, p]
 
 
-def _asked(found: Mapping[str, Any]) -> list[Any]:
+def asked(found: Mapping[str, Any]) -> list[Any]:
     """The trainings without those that another command added: more seeds, or tests at the best rate of another grid."""
     comparison, trainings = found["comparison"], found["trainings"]
     rates = {row: row_rate(row, comparison, trainings) for row in comparison["rows"]}
