@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
 
     For each row and rate of the grid the tuning seeds train on the training data but a share, on which they are then
     tested; the rate with the least mean error counts, the lower loss deciding between equal ones, and on text the one
-    with the least mean loss. With it each seed trains on all training data and is tested once, after the last step. The
-    rows' n-th trainings have the same seed: the same order of examples and the same augmentation.
+    with the least mean loss. As long as that is at an end of the row's grid, `widen` allows another beyond it. With the
+    rate that counts each seed trains on all training data and is tested once, after the last step. The rows' n-th
+    trainings have the same seed: the same order of examples and the same augmentation.
 
     Args:
         comparison: what to compare.
@@ -204,10 +206,10 @@ def row_grid(row: str, comparison: Mapping[str, Any], results: Sequence[Record])
         results: the trainings so far.
     """
     grid, base = sorted(comparison["lrs"]), config_from_dict(comparison["base"])
-    tuned = {(r["row"], r["lr"]) for r in results if r["stage"] == "tuning"}
+    tunings = Counter(r["lr"] for r in results if (r["row"], r["stage"]) == (row, "tuning"))
     for _ in range(comparison.get("widen", 0)):
         rates = row_rates(grid, row, base)
-        if len(rates) == 1 or any((row, rate) not in tuned for rate in rates):
+        if len(rates) == 1 or any(tunings[rate] < comparison["tuning_seeds"] for rate in rates):
             break
         best = chosen_rate(rates, row, results, kind_of(base).criterion)
         if best == rates[0]:
