@@ -117,7 +117,9 @@ def _adamw(config: TextConfig, rate: optax.Schedule, plan: fg.Plan | None = None
 def _muon(
     config: TextConfig, rate: optax.Schedule, free_rate: optax.Schedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Muon for the matrices of the blocks, all heads of a projection as one; Adam for the rest."""
+    """Muon for the matrices of the blocks, the heads of a projection as one (each by itself in `euc-heads`); Adam for
+    the rest.
+    """
 
     def dimensions(tree: Any) -> Any:
         def of_leaf(path: str, leaf: Any) -> MuonDimensionNumbers | None:
@@ -125,7 +127,11 @@ def _muon(
                 return None
             if leaf.ndim == 2:
                 return MuonDimensionNumbers()
-            return MuonDimensionNumbers((0, 1), 2) if path.endswith("out/kernel") else MuonDimensionNumbers(0, (1, 2))
+            out = path.endswith("out/kernel")
+            if config.scheme == "euc-heads":
+                # What is neither input nor output is a batch of matrices.
+                return MuonDimensionNumbers(1, 2) if out else MuonDimensionNumbers(0, 2)
+            return MuonDimensionNumbers((0, 1), 2) if out else MuonDimensionNumbers(0, (1, 2))
 
         return mapped(of_leaf, tree)
 
