@@ -63,7 +63,7 @@ def or_fallback(
 
 
 class Products(NamedTuple):
-    """The two products of `polar_iteration`, for matrices of any shape: `yᵀy - I`, or `yyᵀ - I`, and y by such a one."""
+    """The two products of `polar_iteration`: `yᵀy - I`, or `yyᵀ - I` of wide matrices, and y by such a one."""
 
     deviation: Callable[[Float[Array, "*batch n p"]], Float[Array, "*batch q q"]]
     times: Callable[[Float[Array, "*batch n p"], Float[Array, "*batch q q"]], Float[Array, "*batch n p"]]
