@@ -19,7 +19,7 @@ from ._cpu_lengths import total
 from ._layers import Layer, Results, joined, split, unpacked
 
 # In each of the arrays of a step so many numbers stay in a core's L2 cache; so few do all together.
-_NUMBERS, _FEW_NUMBERS = 2**16, 2**20
+_NUMBERS, _FEW_NUMBERS = 2**17, 2**20
 # Below so many multiplications layers are faster stacked.
 _MULTIPLICATIONS = 16**3
 
