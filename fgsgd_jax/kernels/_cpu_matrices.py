@@ -20,14 +20,17 @@ from ._layers import Layer, Results, joined, split, unpacked
 
 # In each of the arrays of a step so many numbers stay in a core's L2 cache; so few do all together.
 _NUMBERS, _FEW_NUMBERS = 2**17, 2**20
-# Below so many multiplications layers are faster stacked.
+# Up to so many multiplications layers are joined: a program grows with every one that is not, but saves its copies.
 _MULTIPLICATIONS = 16**3
 
 
 def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
     """Whether this form serves `count` n×p matrices on these manifolds."""
-    large = n * p * min(n, p) > _MULTIPLICATIONS and any(_by_polar(manifold) for manifold in manifolds)
-    return large or _by_few(n, p, count)
+    return (_is_large(n, p) and any(_by_polar(manifold) for manifold in manifolds)) or _by_few(n, p, count)
+
+
+def _is_large(n: int, p: int) -> bool:
+    return n * p * min(n, p) > _MULTIPLICATIONS
 
 
 def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
@@ -43,13 +46,21 @@ def step(
 
 
 def _by_matrices(of: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
-    n, p = layers[0].x.shape[-2:]
-    if not _by_few(n, p, sum(layer.radius.size for layer in layers)):
-        return unpacked([of(layer) for layer in layers])
+    if _is_large(*layers[0].x.shape[-2:]):
+        return unpacked([_by_chunks(of, layer) for layer in layers])
     # Fused with reshapes, a concatenation asks of every entry in which of the parts it is.
     layer = joined(layers, lambda parts: fusion_barrier(lambda *parts: jnp.concatenate(parts), *parts))
-    results, figures = by_chunks(of, layer, _size(*layer.x.shape), axis=0)
+    results, figures = _by_chunks(of, layer)
     return split(results, layers), split(figures, layers)
+
+
+def _by_chunks(of: Callable[[Layer], tuple[Array, Array]], layer: Layer) -> tuple[Array, Array]:
+    n, p = layer.x.shape[-2:]
+    if not _by_few(n, p, layer.radius.size):
+        return of(layer)
+    flat = joined([layer])
+    results, figures = by_chunks(of, flat, _size(*flat.x.shape), axis=0)
+    return results.reshape(layer.x.shape), figures.reshape(layer.radius.shape)
 
 
 def _by_few(n: int, p: int, count: int) -> bool:
