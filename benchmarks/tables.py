@@ -316,7 +316,22 @@ def machine(results: Results) -> str:
     return "\n".join(lines)
 
 
-TABLES = {table.__name__: table for table in (cost, ratios, kernels, updates, memory, steps, growth, targets, machine)}
+def versions(results: Results) -> str:
+    """Times and compile times of this version, that of the earlier one being 1."""
+    rows = {row["case"]: row for row in results.rows("versions")}
+    lines = []
+    for case, row in rows.items():
+        if case.endswith(", by maps"):
+            continue
+        by_maps = rows.get(f"{case}, by maps", {}).get("ratio")
+        lines.append([case, number(row["ratio"]), number(by_maps), number(row["compile ratio"])])
+    return markdown(["× version 0.1", "update or displacement", "by a manifold's own maps", "compile time"], lines)
+
+
+TABLES = {
+    table.__name__: table
+    for table in (cost, ratios, kernels, updates, memory, steps, growth, targets, machine, versions)
+}
 
 
 def filled(text: str, results: Path = RESULTS) -> str:

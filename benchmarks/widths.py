@@ -92,14 +92,19 @@ def optimum(rates, found):
     return float(2 ** (np.log2(rates[best]) + shift * np.log2(rates[1] / rates[0])))
 
 
-def table(rows):
-    """The optima, a line for each optimizer, as docs/directions.md shows them."""
-    lines = [["best rate at width", *map(str, WIDTHS), "largest / smallest"], ["---", *["---:"] * (len(WIDTHS) + 1)]]
-    for name in OPTIMIZERS:
-        by_width = {row["width"]: row["optimum"] for row in rows if row["optimizer"] == name}
-        found = [by_width[width] for width in WIDTHS if width in by_width]
+def optima_table(rows, names, widths, key):
+    """The optima as Markdown: a line for each name, a column for each width."""
+    lines = [["best rate at width", *map(str, widths), "largest / smallest"], ["---", *["---:"] * (len(widths) + 1)]]
+    for name in names:
+        by_width = {row["width"]: row["optimum"] for row in rows if row[key] == name}
+        found = [by_width[width] for width in widths if width in by_width]
         lines.append([f"`{name}`", *(f"{rate:.3f}" for rate in found), f"{max(found) / min(found):.2f}"])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def table(rows):
+    """The optima, a line for each optimizer, as docs/directions.md shows them."""
+    return optima_table(rows, OPTIMIZERS, WIDTHS, "optimizer")
 
 
 def main():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.linalg
 import scipy.optimize
 
 import fgsgd_jax as fg
@@ -292,6 +293,25 @@ def test_link_gives_each_matrix_its_own_direction(tangent):
     np.testing.assert_array_equal(updates["bias"], gradients["bias"])
 
 
+def test_euclidean_heads_are_muon_by_heads():
+    """A view gives each head its own msign, and free heads go where SciPy's polar factors of their momenta lead."""
+    rules = [("in", fg.Whole(fg.Euclidean(), view="i h d -> 1 h i d")), ("out", fg.Each(fg.Euclidean(), view="heads"))]
+    zeros = {"in": jnp.zeros((6, 2, 3), "float64"), "out": jnp.zeros((2, 3, 6), "float64")}
+    params, momenta = gradients_of(zeros, 0), dict.fromkeys(zeros, 0.0)
+    tx = fg.spel(0.1, rules, 0.9, free=optax.sgd(0.5))
+    state, update, theirs = tx.init(params), jax.jit(tx.update), {path: np.array(x) for path, x in params.items()}
+    for step in (1, 2):
+        gradients = gradients_of(zeros, step)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        momenta = {path: 0.9 * momenta[path] + np.asarray(g) for path, g in gradients.items()}
+        for head in range(2):
+            theirs["in"][:, head] -= 0.1 * scipy.linalg.polar(momenta["in"][:, head])[0]
+            theirs["out"][head] -= 0.1 * scipy.linalg.polar(momenta["out"][head])[0]
+    for path, x in theirs.items():
+        np.testing.assert_allclose(params[path], x, rtol=0, atol=1e-10, err_msg=path)
+
+
 def test_no_gradient_no_direction():
     params, gradients = mixed()
     still = jax.tree.map(jnp.zeros_like, gradients)
@@ -510,6 +530,15 @@ def test_the_page_shows_the_optimal_rates_over_widths():
         found = [row["optimum"] for row in rows if row["optimizer"] == name]
         assert len(found) == len(widths.WIDTHS)
         assert max(found) <= 1.5 * min(found)
+
+
+def test_the_page_shows_the_optimal_rates_over_widths_on_text():
+    widths = pytest.importorskip("text_widths")
+    rows = json.loads(widths.RESULTS.read_text())["rows"]
+    assert widths.table(rows) in (pathlib.Path(__file__).parent.parent / "docs/directions.md").read_text()
+    for row in rows:
+        assert len(row["rates"]) >= 3
+        assert min(row["rates"]) < row["optimum"] < max(row["rates"])
 
 
 def test_weight_decay_is_refused(lenient_promotion):

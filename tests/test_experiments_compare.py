@@ -20,9 +20,10 @@ from fgsgd_jax.experiments.__main__ import main
 from fgsgd_jax.experiments._augment import resolve
 from fgsgd_jax.experiments._compare import chosen_rate
 from fgsgd_jax.experiments._comparison_report import draw, report
+from fgsgd_jax.experiments._image_kind import ImageKind
 from fgsgd_jax.experiments._models import REGISTRY
 from fgsgd_jax.experiments._paired import paired_difference
-from fgsgd_jax.experiments._rows import ROWS, row_config, row_name
+from fgsgd_jax.experiments._rows import row_config, row_name
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 TINY = ["--limit-train", "80", "--limit-test", "32", "--batch-size", "32", "--epochs", "2", "--model", "tiny"]
@@ -103,7 +104,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkey
 
     def sorted_without_times(found):
         return sorted(
-            json.dumps({k: v for k, v in t.items() if k != "seconds"}, sort_keys=True) for t in found["trainings"]
+            json.dumps({k: v for k, v in t.items() if "seconds" not in k}, sort_keys=True) for t in found["trainings"]
         )
 
     assert sorted_without_times(results(there)) == sorted_without_times(found)
@@ -186,6 +187,38 @@ def trained(lr, seed):
     return {"error": 10 * lr + seed % 10, "loss": lr, "train_loss": [1.0, lr], "train_error": [9.0, lr], "seconds": 1.0}
 
 
+def test_a_rows_grid_is_widened_while_its_best_rate_is_at_an_end(tmp_path, monkeypatch, refused):
+    def valley(trainer, lr, seed):
+        best = 0.02 if trainer.config.scheme == "euc" else 2.0
+        return trained(lr, seed) | {"error": 50 + abs(np.log10(lr / best)), "loss": 1.0}
+
+    monkeypatch.setitem(REGISTRY, "tiny", tiny)
+    monkeypatch.setattr(_compare, "_train", valley)
+    there = tmp_path / "run"
+    compare = ["compare", *TINY, "--rows", "euc,po3", "--lrs", "0.1,0.3", "--seeds", "1", "--tuning-seeds", "1"]
+    compare += ["--run-dir", str(there)]
+
+    def tried(row, stage):
+        return [t["lr"] for t in results(there)["trainings"] if (t["row"], t["stage"]) == (row, stage)]
+
+    main([*compare, "--widen", "1"])
+    assert (tried("euc", "tuning"), tried("po3", "tuning")) == ([0.1, 0.3, 0.0333333], [0.1, 0.3, 0.9])
+    narrower = (there / "report.md").read_text()
+    main([*compare, "--widen", "5"])
+    assert tried("euc", "tuning") == [0.1, 0.3, 0.0333333, 0.0111111]
+    assert tried("po3", "tuning") == [0.1, 0.3, 0.9, 2.7, 8.1]
+    # Tests at the best rate of a narrower grid are kept, and belong to its report alone.
+    assert (tried("euc", "test"), tried("po3", "test")) == ([0.0333333], [0.9, 2.7])
+    text = (there / "report.md").read_text()
+    assert "and up to 5 more beyond an end at which the best lay" in text
+    assert "| row | 0.0111111 | 0.0333333 | 0.1 | 0.3 | 0.9 | 2.7 | 8.1 |" in text
+    assert re.search(r"\| po3 \| 2.7 \| 50.13 \|", text)
+    assert re.search(r"\| po3 \| — \| — \| 51.30 ", text)
+    main([*compare, "--widen", "1"])
+    assert (there / "report.md").read_text() == narrower
+    assert "--widen: give a whole number of 0 or more" in refused(*compare, "--widen", "-1")
+
+
 def test_trainings_under_other_versions_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setitem(REGISTRY, "tiny", tiny)
     monkeypatch.setattr(_compare, "_train", lambda trainer, lr, seed: trained(lr, seed))
@@ -242,13 +275,13 @@ def test_rows_change_what_they_say_and_nothing_else():
     assert (changed.zeta, changed.pooling, changed.clip) == ("clip", "pio", 0.5)
     assert base.difference(row_config("pio3", base)) is None
     assert row_name("pio:sp+ob+st~weight-decay=5e-3~zeta=off") == "pio3~wd=0.005~zeta=off"
-    assert {row_name(row) for row in ROWS} == set(ROWS)
+    assert {row_name(row) for row in ImageKind.rows} == set(ImageKind.rows)
     # Whatever a training may be called, a row may be.
-    for name in (*ROWS, "po4", "pi:st+euc"):
+    for name in (*ImageKind.rows, "po4", "pi:st+euc"):
         config = TrainConfig(scheme=name).check()
         assert config == row_config(row_name(name), base)
         assert config.scheme == TrainConfig(scheme=config.scheme).check().scheme
-    assert len({row_config(row, base).scheme for row in ROWS}) == len(ROWS)
+    assert len({row_config(row, base).scheme for row in ImageKind.rows}) == len(ImageKind.rows)
 
 
 def test_paired_differences():
@@ -286,7 +319,7 @@ def test_a_rate_that_diverges_is_not_chosen():
 def test_the_picture_reaches_down_to_the_rows(errors, lowest, tmp_path, monkeypatch):
     limits = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: limits.append(figure.axes[0].get_ylim()))
-    training = {"row": "euc", "stage": "test", "seed": 0, "error": 50.0, "train_error": errors}
-    comparison = {"rows": ["euc"], "seeds": 1, "base": TrainConfig().to_dict()}
+    training = {"row": "euc", "stage": "test", "lr": 0.1, "seed": 0, "error": 50.0, "train_error": errors}
+    comparison = {"rows": ["euc"], "lrs": [0.1], "seeds": 1, "base": TrainConfig().to_dict()}
     draw({"comparison": comparison, "trainings": [training]}, tmp_path / "picture.png")
     assert limits == [(lowest, 100)]

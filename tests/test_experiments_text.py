@@ -21,10 +21,11 @@ from trainings import bits, log_without_times, quiet
 import fgsgd_jax as fg
 from fgsgd_jax.experiments import MetricsLog, TextConfig, Trainer, UsageError, load_text, run
 from fgsgd_jax.experiments._checkpoints import Checkpoints
+from fgsgd_jax.experiments._paths import by_path, mapped
 from fgsgd_jax.experiments._text import SCHEMES, GPTShape, build_gpt, continued, text_rules
-from fgsgd_jax.experiments._text._config import SCHEME_OF
+from fgsgd_jax.experiments._text._config import FREE, SCHEME_OF
 from fgsgd_jax.experiments._text._gpt import rotated
-from fgsgd_jax.experiments._text._optimizers import make_text_optimizer
+from fgsgd_jax.experiments._text._optimizers import from_free_weights, make_text_optimizer
 from fgsgd_jax.experiments._trainer import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("users_promotion")
@@ -180,11 +181,6 @@ def test_a_continuation_is_drawn_from_the_models_own_probabilities(weights):
 # What the weights live on, and their optimizers.
 
 
-def by_path(tree):
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 @pytest.mark.parametrize(
     ("page", "millions", "size"),
     [("command_line", "0.85", {}), ("findings", "0.18", {"layers": 3, "width": 64, "heads": 2})],
@@ -205,7 +201,7 @@ def squared_norms(collection):
     return np.broadcast_to(collection.gamma, counts.shape) ** 2 * counts
 
 
-@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "euc"])
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme not in FREE])
 def test_weights_have_the_norm_that_free_ones_begin_with(scheme):
     shape = GPTShape(256, 1, 48, 3)
     shapes, _ = jax.eval_shape(build_gpt(shape).init, jax.random.key(0))
@@ -326,6 +322,47 @@ def test_free_weights_may_be_brought_to_the_nearest_point(config, trainer):
     free = np.asarray(params["block_0"]["mlp"]["up"]["kernel"])
     u, _, vt = np.linalg.svd(free, full_matrices=False)
     np.testing.assert_allclose(near.start(3).params["block_0"]["mlp"]["up"]["kernel"], 2 * u @ vt, atol=1e-5)
+    off = Trainer(dataclasses.replace(config, start="free").check(), trainer.data)
+    np.testing.assert_array_equal(off.start(3).params["block_0"]["mlp"]["up"]["kernel"], free)
+
+
+@pytest.mark.parametrize("scheme", FREE)
+def test_muon_may_take_each_head_by_itself(scheme, weights):
+    """What moves one head then does not depend on the others."""
+    attention = weights[1]["block_0"]["attention"]
+    params = {"block_0": {"attention": {name: attention[name] for name in ("query", "out")}}}
+    config = dataclasses.replace(TINY, optimizer="muon", scheme=scheme, weight_decay=0.0).check()
+    rate = optax.constant_schedule(1.0)
+    tx = make_text_optimizer(config, rate, rate, None)
+
+    def first_heads(grads):
+        moved = by_path(jax.jit(tx.update)(grads, tx.init(params), params)[0])
+        return [moved["block_0/attention/query/kernel"][:, 0], moved["block_0/attention/out/kernel"][0]]
+
+    def others(path, leaf):
+        place = (slice(None), 1) if "query" in path else 1
+        return leaf.at[place].set(jnp.cos(9 * leaf[place]))
+
+    for one, other in zip(first_heads(params), first_heads(mapped(others, params)), strict=True):
+        assert np.allclose(one, other, rtol=0, atol=1e-5) == (scheme == "euc-heads")
+
+
+def test_the_first_step_may_lead_from_free_weights():
+    """By the gradient there, to where it leads from the nearest points; from then on as from any point."""
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 4), jnp.float32)}
+    plan = fg.plan(params, [("w", fg.Whole(fg.Stiefel()))])
+    grads, tx = jax.tree.map(jnp.cos, params), fg.spel(0.1, plan)
+
+    def two_steps(tx, params):
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(2):
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    found = two_steps(from_free_weights(tx, plan), params)
+    assert fg.violation(found, plan)["w"] < 1e-6
+    np.testing.assert_allclose(found["w"], two_steps(tx, fg.nearest(params, plan))["w"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +371,7 @@ def test_free_weights_may_be_brought_to_the_nearest_point(config, trainer):
         ({"width": 30}, "--width 30 cannot be shared out over 2 heads"),
         ({"optimizer": "adamw", "scheme": "heads"}, r"--optimizer adamw --scheme heads: .*free weights.*on-manifolds"),
         ({"optimizer": "spel", "scheme": "euc"}, "--optimizer spel --scheme euc"),
+        ({"optimizer": "adamw", "scheme": "euc-heads"}, "--scheme euc-heads: only muon takes heads by themselves"),
         ({"optimizer": "muon", "tangent": "off"}, "only spel goes without the projection"),
         ({"optimizer": "muon", "start": "nearest"}, "no weight is constrained"),
         ({"steps": 0}, "--steps 0: give a whole number"),

@@ -12,9 +12,10 @@ pytest.importorskip("tyro")
 from fgsgd_jax.experiments import TextConfig
 from fgsgd_jax.experiments.__main__ import main
 from fgsgd_jax.experiments._compare import chosen_rate
-from fgsgd_jax.experiments._comparison_report import draw, report
+from fgsgd_jax.experiments._comparison_report import asked, draw, report
 from fgsgd_jax.experiments._paired import paired_difference
-from fgsgd_jax.experiments._rows import TEXT_ROWS, check_rows, row_config, row_name, row_rates
+from fgsgd_jax.experiments._rows import check_rows, row_config, row_name, row_rates
+from fgsgd_jax.experiments._text import TextKind
 
 pytestmark = pytest.mark.usefixtures("users_promotion")
 
@@ -102,8 +103,8 @@ def test_help_is_of_its_task_alone(capsys):
 def test_rows_have_one_name_and_their_optimizers_own_grid():
     base = TextConfig().check()
     assert row_name("spel:stiefel~weight-decay=0.50", base) == "spel~wd=0.5"
-    assert {row_name(row, base) for row in TEXT_ROWS} == set(TEXT_ROWS)
-    check_rows(TEXT_ROWS, base)
+    assert {row_name(row, base) for row in TextKind.rows} == set(TextKind.rows)
+    check_rows(TextKind.rows, base)
     assert row_rates((0.3, 1.0), "adamw", base) == (0.003, 0.01)
     assert row_rates((0.3, 1.0), "spel~tangent=off", base) == (0.015, 0.05)
     config = row_config("spel:heads~tangent=off", base)
@@ -146,9 +147,10 @@ def test_a_comparison_tunes_by_loss_reports_and_goes_on_where_it_was(place, refu
 def test_a_losss_place_in_the_picture_is_the_middle_of_its_steps(tmp_path, monkeypatch):
     places = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: places.append(figure.axes[0].lines[0].get_xdata()))
-    training = {"row": "adamw", "stage": "test", "seed": 0, "loss": 1.0, "train_loss": [3.0, 2.0, 1.0]}
+    training = {"row": "adamw", "stage": "test", "lr": 0.01, "seed": 0, "loss": 1.0, "train_loss": [3.0, 2.0, 1.0]}
     base = TextConfig(steps=10, report_every=4).to_dict()
-    draw({"comparison": {"rows": ["adamw"], "seeds": 1, "base": base}, "trainings": [training]}, tmp_path / "out.png")
+    comparison = {"rows": ["adamw"], "lrs": [1.0], "seeds": 1, "base": base}
+    draw({"comparison": comparison, "trainings": [training]}, tmp_path / "out.png")
     np.testing.assert_array_equal(places, [[2, 6, 9]])
 
 
@@ -157,7 +159,7 @@ def test_the_findings_quote_the_published_comparisons():
     section = re.search(r"\{#text\}\n(.*?)\n## ", (ROOT / "docs" / "findings.md").read_text(), re.DOTALL)[1]
     table = [re.split(r" *\| *", line.strip("| ")) for line in section.splitlines() if line.startswith("| `")]
     trainings = [
-        json.loads((results / f"compare_text_{name}" / "results.json").read_text())["trainings"]
+        asked(json.loads((results / f"compare_text_{name}" / "results.json").read_text()))
         for name in ("austen", "stdlib")
     ]
     times = json.loads((results / "text_steps.json").read_text())["milliseconds"]
@@ -177,7 +179,9 @@ def test_the_findings_quote_the_published_comparisons():
             pairs = [compared(corpus, row, second.strip("`")) for corpus in trainings]
             differences.append([first, second, *pairs])
         else:
-            means.append([first, *(f"{losses(corpus, row).mean():.3f}" for corpus in trainings), f"{times[row]:.0f}"])
+            time = f"{times[row]:.0f}" if row in times else "—"
+            means.append([first, *(f"{losses(corpus, row).mean():.3f}" for corpus in trainings), time])
     assert table == means + differences
-    assert {row.strip("`") for row, *_ in means} == set(times)
-    assert len(differences) == 13
+    assert {row.strip("`") for row, *_ in means} == {t["row"] for t in trainings[0]} == {t["row"] for t in trainings[1]}
+    assert set(times) <= {row.strip("`") for row, *_ in means}
+    assert len(differences) == 22

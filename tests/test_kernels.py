@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import fgsgd_jax as fg
 from fgsgd_jax import kernels
-from fgsgd_jax.kernels import _api, _cpu_chunks, _cpu_lengths, _cpu_planes, _matrices, _reference, _xla
+from fgsgd_jax.kernels import _api, _cpu_lengths, _cpu_matrices, _cpu_planes, _matrices, _reference, _xla
 from fgsgd_jax.kernels._layers import Layer
 from fgsgd_jax.manifolds import Mixture
 
@@ -42,17 +42,19 @@ CASES = [
     (_cpu_lengths, LENGTHS, (70, 3), FEW),
     (_cpu_lengths, (fg.Sphere(),), (33, 1), FEW),
     (_cpu_lengths, (fg.Oblique(),), (3, 2), FEW),
-    (_cpu_chunks, MIX, (64, 40), LARGE),
-    (_cpu_chunks, OTHER_RETRACTIONS, (40, 64), LARGE),
+    (_cpu_matrices, MIX, (64, 40), LARGE),
+    (_cpu_matrices, OTHER_RETRACTIONS, (40, 64), LARGE),
     (_xla, MIX, (2, 5), FEW),
     (_xla, OTHER_RETRACTIONS, (3, 3), FEW),
     (_xla, (fg.Stiefel(),), (12, 8), FEW),
     (_matrices.TPU, MIX, (32, 16), LARGE),
     (_matrices.TPU, (fg.Stiefel(),), (16, 24), LARGE),
     (_matrices.GPU, MIX, (24, 16), LARGE),
+    (_cpu_matrices, (fg.Stiefel(),), (16, 24), LARGE),
+    (_cpu_matrices, MIX, (72, 16), FEW),
 ]
 FAST = {(0, "float32"), (0, "float64"), (3, "float32"), (6, "float32"), (7, "float32"), (12, "float32")}
-FAST |= {(15, "float32")}
+FAST |= {(15, "float32"), (18, "float32")}
 
 
 def form_name(form):
@@ -209,7 +211,7 @@ def check_steps(its, found, expected, reached):
 def test_a_form_is_the_definition(form, manifolds, shape, grids, dtype):
     its = example(manifolds, shape, grids, dtype)
     # What serves many large matrices is held with a few.
-    assert form in (_xla, _cpu_chunks) or form.serves(manifolds, *shape, len(its.kind))
+    assert form in (_xla, _cpu_matrices) or form.serves(manifolds, *shape, len(its.kind))
     factors = -np.asarray(STEPS)
 
     def found(is_tangent, w):
@@ -287,10 +289,11 @@ def test_which_form_serves_is_decided_by_exact_type_and_shape():
     assert _api.form_for(MIX, 3, 3, 1024) is _cpu_planes
     assert _api.form_for(LENGTHS, 64, 3, 1024) is _cpu_lengths
     assert _api.form_for((fg.Sphere(),), 3, 5, 1) is _cpu_lengths
-    assert _api.form_for(MIX, 64, 64, 512) is _cpu_chunks
+    assert _api.form_for(MIX, 64, 64, 512) is _cpu_matrices
+    assert _api.form_for(MIX, 64, 64, 4) is _cpu_matrices
     for manifolds in ((Own(),), (fg.Stiefel(), Own()), OTHER_RETRACTIONS):
         assert _api.form_for(manifolds, 3, 3, 1024) is _xla
-    for n, p, count in ((3, 3, 0), (0, 3, 1024), (3, 0, 1024), (64, 64, 4), (2, 5, 1024)):
+    for n, p, count in ((3, 3, 0), (0, 3, 1024), (3, 0, 1024), (16, 8, 4), (2, 5, 1024)):
         assert _api.form_for(MIX, n, p, count) is _xla
     assert _matrices.TPU.serves(MIX, 65, 8, 1)
     assert _matrices.TPU.serves((fg.Stiefel(),), 8, 80, 1)

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ._errors import UsageError, resume_command
+from ._paths import by_path
 from ._state import TrainState
 
 KEPT = 2
@@ -119,5 +120,4 @@ def _reason(error: Exception) -> str:
 
 def _named(state: TrainState) -> dict[str, jax.Array]:
     """The state's leaves by path: a layout that does not depend on how optimizer states are nested or empty."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): jnp.asarray(leaf) for path, leaf in leaves}
+    return {path: jnp.asarray(leaf) for path, leaf in by_path(state, ".").items()}

@@ -7,6 +7,8 @@ from jaxtyping import Array
 
 import fgsgd_jax as fg
 
+from ._paths import mapped
+
 
 def clip_groups(plan: fg.Plan, longest: float) -> optax.GradientTransformation:
     """Shortens the gradient of every group of a plan to a norm of at most `longest`: ζ's rival.
@@ -21,17 +23,16 @@ def clip_groups(plan: fg.Plan, longest: float) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
 
-        def clipped(path: Any, t: Array) -> Array:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if name not in plan.collections:
+        def clipped(path: str, t: Array) -> Array:
+            if path not in plan.collections:
                 return t
-            collection, group = plan.collections[name], state[name]
+            collection, group = plan.collections[path], state[path]
             grid = collection.view.split(t)
             squares = jnp.sum(jnp.square(grid), axis=(-2, -1))
             total = jax.ops.segment_sum(squares.ravel(), group.ravel(), collection.num_groups)
             scale = longest / jnp.maximum(jnp.sqrt(total), longest)
             return collection.view.merge(scale[group][..., None, None] * grid)
 
-        return jax.tree_util.tree_map_with_path(clipped, updates), state
+        return mapped(clipped, updates), state
 
     return optax.GradientTransformation(init, update)

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ import fgsgd_jax as fg
 
 from ._augment import resolve
 from ._config import Config, TrainConfig
-from ._data import check, data_difference, hold_out
+from ._data import data_difference
 from ._errors import UsageError
 from ._fit import fit
 from ._log import Record, finite
 from ._rows import row_config, row_rates
 from ._state import TrainState
-from ._tasks import AnyConfig, config_from_dict
-from ._text import TextConfig, TextSet, hold_out_text
+from ._tasks import AnyConfig, config_from_dict, kind_of
 from ._trainer import Trainer
 from ._versions import versions
 
@@ -43,6 +43,8 @@ class Comparison:
     seeds: int
     tuning_seeds: int
     held_out: float
+    widen: int = 0
+    """how many rates a row may try beyond an end of the grid, one by one, as long as the best lies there"""
 
     def to_dict(self) -> Record:
         """As JSON reads it. A folder of data goes by its name, for people: its path is of one machine."""
@@ -64,8 +66,9 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
 
     For each row and rate of the grid the tuning seeds train on the training data but a share, on which they are then
     tested; the rate with the least mean error counts, the lower loss deciding between equal ones, and on text the one
-    with the least mean loss. With it each seed trains on all training data and is tested once, after the last step. The
-    rows' n-th trainings have the same seed: the same order of examples and the same augmentation.
+    with the least mean loss. As long as that is at an end of the row's grid, `widen` allows another beyond it. With the
+    rate that counts each seed trains on all training data and is tested once, after the last step. The rows' n-th
+    trainings have the same seed: the same order of examples and the same augmentation.
 
     Args:
         comparison: what to compare.
@@ -94,7 +97,7 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
     results = [] if found is None else found["trainings"]
     done = {_key(record) for record in results}
     trainers = _Trainers(data)
-    criterion = criterion_of(comparison.base)
+    criterion = kind_of(comparison.base).criterion
 
     def add(row: str, stage: str, lr: float, seed: int, config: Config) -> None:
         record: Record = {"row": row, "stage": stage, "lr": lr, "seed": seed}
@@ -102,6 +105,7 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
             return
         record |= _train(trainers.of(config), lr, seed) | made_now
         results.append(record)
+        done.add(_key(record))
         _write(path, header | {"trainings": results})
         figure = f"loss {record['loss']}" if criterion == "loss" else f"{record['error']:.2f} %"
         say(f"{record['row']}, {record['stage']}, rate {record['lr']:g}, seed {record['seed']}: {figure}")
@@ -109,11 +113,14 @@ def compare(comparison: Comparison, folder: Path, say: Callable[[str], None]) ->
     for row in comparison.rows:
         config = row_config(row, comparison.base)
         held_out = dataclasses.replace(config, validation=comparison.held_out)
-        rates = row_rates(comparison.lrs, row, comparison.base)
-        for lr in rates if len(rates) > 1 else ():
-            for number in range(comparison.tuning_seeds):
-                add(row, "tuning", lr, TUNING_SEED + number, held_out)
-        lr = chosen_rate(rates, row, results, criterion)
+        # A single rate is not tuned.
+        tried = comparison.lrs[:1]
+        while (grid := row_grid(row, header["comparison"], results)) != tried:
+            for lr in row_rates(grid, row, comparison.base):
+                for number in range(comparison.tuning_seeds):
+                    add(row, "tuning", lr, TUNING_SEED + number, held_out)
+            tried = grid
+        lr = row_rate(row, header["comparison"], results)
         for seed in range(comparison.seeds):
             add(row, "test", lr, seed, config)
         trainers.forget()
@@ -162,7 +169,7 @@ def _shared(comparison: Record) -> Record:
     """The options that trainings must have in common to be compared; those that the file does not know yet are at their
     defaults. The data go by their content.
     """
-    shared = {name: value for name, value in comparison.items() if name not in ("rows", "seeds")}
+    shared = {name: value for name, value in comparison.items() if name not in ("rows", "seeds", "widen")}
     return shared | {"base": dataclasses.replace(config_from_dict(shared["base"]), data="")}
 
 
@@ -175,11 +182,6 @@ def _write(path: Path, found: Record) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def criterion_of(base: Config) -> str:
-    """The figure by which rows are tuned and compared: errors of images, losses on text."""
-    return "loss" if isinstance(base, TextConfig) else "error"
 
 
 def chosen_rate(lrs: Sequence[float], row: str, results: Sequence[Record], criterion: str = "error") -> float:
@@ -195,6 +197,40 @@ def chosen_rate(lrs: Sequence[float], row: str, results: Sequence[Record], crite
     return min(lrs, key=score)
 
 
+def row_grid(row: str, comparison: Mapping[str, Any], results: Sequence[Record]) -> tuple[float, ...]:
+    """The grid of a row as far as it is known: that of all rows, and beyond an end at which the best rate lies another.
+
+    Args:
+        row: the row.
+        comparison: as `Comparison.to_dict` gives it.
+        results: the trainings so far.
+    """
+    grid, base = sorted(comparison["lrs"]), config_from_dict(comparison["base"])
+    tunings = Counter(r["lr"] for r in results if (r["row"], r["stage"]) == (row, "tuning"))
+    for _ in range(comparison.get("widen", 0)):
+        rates = row_rates(grid, row, base)
+        if len(rates) == 1 or any(tunings[rate] < comparison["tuning_seeds"] for rate in rates):
+            break
+        best = chosen_rate(rates, row, results, kind_of(base).criterion)
+        if best == rates[0]:
+            grid.insert(0, _rounded(grid[0] ** 2 / grid[1]))
+        elif best == rates[-1]:
+            grid.append(_rounded(grid[-1] ** 2 / grid[-2]))
+        else:
+            break
+    return tuple(grid)
+
+
+def row_rate(row: str, comparison: Mapping[str, Any], results: Sequence[Record]) -> float:
+    """The rate that the search found for a row."""
+    base = config_from_dict(comparison["base"])
+    return chosen_rate(row_rates(row_grid(row, comparison, results), row, base), row, results, kind_of(base).criterion)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.6g}")
+
+
 class _Trainers:
     """The compiled trainers of one row at a time: they hold the data on the device."""
 
@@ -204,15 +240,10 @@ class _Trainers:
 
     def of(self, config: Any) -> Trainer:
         if config not in self._trainers:
-            self._trainers[config] = Trainer(config, self._held_out(config.validation))
+            share = config.validation
+            data = kind_of(config).hold_out(self._data, share) if share else self._data
+            self._trainers[config] = Trainer(config, data)
         return self._trainers[config]
-
-    def _held_out(self, share: float) -> Any:
-        if not share:
-            return self._data
-        if isinstance(self._data, TextSet):
-            return hold_out_text(self._data, share)
-        return check(hold_out(self._data, share))
 
     def forget(self) -> None:
         self._trainers.clear()
@@ -246,10 +277,9 @@ def _train(trainer: Trainer, lr: float, seed: int) -> Record:
         "train_loss": [record["train"]["loss"] for record in records],
         "train_error": [record["train"]["error"] for record in records],
         "seconds": sum(record["seconds"]["train"] for record in records),
+        # The first epoch has the compilation in it.
+        "step_seconds": float(np.median([record["seconds"]["step"] for record in records])),
     }
-    if isinstance(trainer.config, TextConfig):
-        # The first stretch has the compilation in it.
-        found["step_seconds"] = float(np.median([record["seconds"]["step"] for record in records]))
     if plan is not None:
         found |= {
             "violation": max(record["violation"] for record in records),

@@ -11,17 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ._compare import chosen_rate, criterion_of
+from ._compare import row_grid, row_rate
 from ._config import Config
 from ._paired import CONFIDENCE, RESAMPLES, paired_difference
 from ._picture import COLOURS, ERROR_TICKS
 from ._rows import row_rates
-from ._tasks import config_from_dict
-from ._text import TextConfig
-
-# The rows that all others are compared with, where they are there.
-REFERENCES = ("euc", "st", "pio3")
-TEXT_REFERENCES = ("adamw", "muon", "spel")
+from ._tasks import config_from_dict, kind_of
 
 
 def report(found: Mapping[str, Any], command: str, picture: str) -> str:
@@ -32,21 +27,21 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
         command: what was typed.
         picture: the picture's path beside the report.
     """
-    comparison, trainings = found["comparison"], _asked(found)
+    comparison, trainings = found["comparison"], asked(found)
     rows = [row for row in comparison["rows"] if _tests(trainings, row)]
     base = config_from_dict(comparison["base"])
-    text, criterion = isinstance(base, TextConfig), criterion_of(base)
+    kind = kind_of(base)
+    criterion = kind.criterion
     lines = [
         f"# {base.names[1]} on {base.names[0]}: {len(rows)} rows, {comparison['seeds']} seeds",
         "",
         f"```\n{command}\n```",
         "",
-        _text_setting(base, comparison) if isinstance(base, TextConfig) else _image_setting(comparison),
+        kind.setting(base, comparison),
         "",
         *_content(found),
-        ("Losses in nats a byte, errors in percent of the likeliest next byte, " if text else "Errors in percent, ")
-        + "mean ± standard deviation over the seeds. Differences are paired by seed, in "
-        f"{'nats' if text else 'points'}, with the {CONFIDENCE:.0%} bootstrap interval ({RESAMPLES} resamples) and the "
+        f"{kind.figures}, mean ± standard deviation over the seeds. Differences are paired by seed, in "
+        f"{kind.differences}, with the {CONFIDENCE:.0%} bootstrap interval ({RESAMPLES} resamples) and the "
         "p-value of the sign-flip test; they are not corrected for the number of rows.",
         "",
         *_table(
@@ -56,8 +51,7 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
         "",
     ]
     # A baseline of other options may be the one to beat.
-    references = TEXT_REFERENCES if text else REFERENCES
-    for reference in [row for row in rows if row in references or row.startswith("euc~")]:
+    for reference in [row for row in rows if row in kind.references or row.startswith("euc~")]:
         others = [row for row in rows if row != reference]
         if others:
             lines += [
@@ -79,22 +73,22 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
             ),
             "",
         ]
-    grid = [row for row in rows if len(comparison["lrs"]) > 1]
-    if grid:
+    if len(comparison["lrs"]) > 1:
+        grid = sorted({lr for row in rows for lr in row_grid(row, comparison, trainings)})
         lines += [
-            f"## The search: mean {criterion} on the {'text' if text else 'images'} held out",
+            f"## The search: mean {criterion} on the {kind.examples} held out",
             "",
             *_table(
-                ["row", *(f"{'× ' * text}{lr:g}" for lr in comparison["lrs"])],
+                ["row", *(f"{kind.times}{lr:g}" for lr in grid)],
                 (
                     [
                         row,
                         *(
                             _mean(_tuned(trainings, row, lr, criterion), _DIGITS[criterion])
-                            for lr in row_rates(comparison["lrs"], row, base)
+                            for lr in row_rates(grid, row, base)
                         ),
                     ]
-                    for row in grid
+                    for row in rows
                 ),
             ),
             "",
@@ -103,8 +97,8 @@ def report(found: Mapping[str, Any], command: str, picture: str) -> str:
     if worst:
         lines += [f"Largest violation of all trainings: {max(worst):.1e}.", ""]
     lines += [
-        f"![Training {criterion} over the {'steps' if text else 'epochs'}, and the test "
-        f"{'losses' if text else 'errors'}]({picture})",
+        f"![Training {criterion} over the {kind.stretch}s, and the test "
+        f"{'losses' if criterion == 'loss' else 'errors'}]({picture})",
         "",
         _versions(found["versions"]) + ".",
         "",
@@ -136,40 +130,6 @@ _HEADINGS = {
     ],
 }
 _DIGITS = {"error": 2, "loss": 4}
-
-
-def _image_setting(comparison: Mapping[str, Any]) -> str:
-    base = comparison["base"]
-    limit = "all" if base["limit_train"] is None else base["limit_train"]
-    tuned = (
-        f"Rates: {_listed(comparison['lrs'])}, chosen for every row by the mean error of {comparison['tuning_seeds']} "
-        f"trainings on {comparison['held_out']:.0%} of the training images, held out. The test images were read once "
-        "by every training, after its last step."
-        if len(comparison["lrs"]) > 1
-        else f"Rate: {comparison['lrs'][0]:g} for every row, not tuned."
-    )
-    return (
-        f"Training images: {limit}; {base['epochs']} epochs in batches of {base['batch_size']}; schedule "
-        f"{base['schedule']}; momentum {base['momentum']:g}; weight decay of Euclidean weights "
-        f"{base['weight_decay']:g}; augmentation {base['augment']}; γ {base['gamma']}; λ {base['lambda_']}. {tuned}"
-    )
-
-
-def _text_setting(base: TextConfig, comparison: Mapping[str, Any]) -> str:
-    trainings = comparison["tuning_seeds"]
-    tuned = (
-        f"Rates: {_listed(comparison['lrs'])} times each optimizer's own, chosen for every row by the mean loss of "
-        f"{trainings} training{'s' * (trainings > 1)} on the last {comparison['held_out']:.0%} of every training file, "
-        "held out. The test text was read once by every training, after its last step."
-        if len(comparison["lrs"]) > 1
-        else f"Rate: {comparison['lrs'][0]:g} times each optimizer's own, not tuned."
-    )
-    return (
-        f"A GPT of {base.layers} blocks, {base.width} channels and {base.heads} heads; {base.steps} steps of "
-        f"{base.batch_size} passages of {base.context} bytes; {base.warmup} steps of warm-up, schedule "
-        f"{base.schedule}; momentum {base.momentum:g}; weight decay of free matrices {base.weight_decay:g}; AdamW at "
-        f"{base.free_lr:g} for what optimizers of matrices leave out. {tuned}"
-    )
 
 
 def _content(found: Mapping[str, Any]) -> list[str]:
@@ -209,9 +169,10 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """The rows' training error (or loss, on text) over the epochs (steps), and that of each seed's test."""
-    comparison, trainings = found["comparison"], _asked(found)
+    comparison, trainings = found["comparison"], asked(found)
     base = config_from_dict(comparison["base"])
-    text, criterion = isinstance(base, TextConfig), criterion_of(base)
+    kind = kind_of(base)
+    criterion = kind.criterion
     rows = [row for row in comparison["rows"] if _tests(trainings, row)]
     # A line of the legend, and one of the test errors, for every row.
     figure = Figure(figsize=(13, max(4.5, 1 + 0.25 * len(rows))), layout="constrained")
@@ -220,22 +181,16 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     for number, row in enumerate(rows):
         colour, style = COLOURS[number % len(COLOURS)], ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
         errors = np.array([_numbers(t[f"train_{criterion}"]) for t in _tests(trainings, row)])
-        axis = np.arange(1, errors.shape[1] + 1)
-        if isinstance(base, TextConfig):
-            # A stretch's loss is that of its middle.
-            ends = np.minimum(axis * base.report_every, base.steps)
-            axis = (ends + (axis - 1) * base.report_every) / 2
-        epochs.plot(axis, np.mean(errors, axis=0), style, color=colour, label=row)
+        epochs.plot(kind.places(base, errors.shape[1]), np.mean(errors, axis=0), style, color=colour, label=row)
         tested = np.array(_numbers(t[criterion] for t in _tests(trainings, row)))
         tests.plot(tested, np.full(len(tested), number), "o", color=colour, alpha=0.4)
         tests.plot([tested.mean()] * 2, [number - 0.4, number + 0.4], color=colour, linewidth=3)
-    unit = "nats a byte" if text else "%"
-    epochs.set(xlabel="step" if text else "epoch", ylabel=unit, title=f"Training {criterion}, mean over the seeds")
-    if not text:
+    epochs.set(xlabel=kind.stretch, ylabel=kind.unit, title=f"Training {criterion}, mean over the seeds")
+    if criterion == "error":
         _scale_of_errors(epochs)
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right center", fontsize="small")
-    tests.set(xlabel=unit, title=f"Test {criterion}: every seed, and the mean")
+    tests.set(xlabel=kind.unit, title=f"Test {criterion}: every seed, and the mean")
     tests.set_yticks(range(len(rows)), rows)
     tests.invert_yaxis()
     for axes in (epochs, tests):
@@ -244,7 +199,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 
 
 def _summary(trainings: list[Any], comparison: Mapping[str, Any], base: Config, row: str) -> list[str]:
-    runs, criterion = _tests(trainings, row), criterion_of(base)
+    runs, criterion = _tests(trainings, row), kind_of(base).criterion
     last = {name: [run[f"train_{name}"][-1] for run in runs] for name in ("error", "loss")}
     figures = {
         name: (_spread([run[name] for run in runs], digits), _spread(last[name], digits))
@@ -253,7 +208,7 @@ def _summary(trainings: list[Any], comparison: Mapping[str, Any], base: Config, 
     first, second = ("loss", "error") if criterion == "loss" else ("error", "loss")
     return [
         row,
-        f"{chosen_rate(row_rates(comparison['lrs'], row, base), row, trainings, criterion):g}",
+        f"{row_rate(row, comparison, trainings):g}",
         figures[first][0],
         figures[second][0],
         figures[first][1],
@@ -279,10 +234,15 @@ def _against(trainings: list[Any], row: str, reference: str, criterion: str) -> 
     return [row, f"{found.mean:+.{digits}f}", interval, p]
 
 
-def _asked(found: Mapping[str, Any]) -> list[Any]:
-    """The trainings without the seeds that another command added."""
-    seeds = found["comparison"]["seeds"]
-    return [t for t in found["trainings"] if t["stage"] == "tuning" or t["seed"] < seeds]
+def asked(found: Mapping[str, Any]) -> list[Any]:
+    """The trainings without those that another command added: more seeds, or tests at the best rate of another grid."""
+    comparison, trainings = found["comparison"], found["trainings"]
+    rates = {row: row_rate(row, comparison, trainings) for row in comparison["rows"]}
+    return [
+        t
+        for t in trainings
+        if t["stage"] == "tuning" or (t["seed"] < comparison["seeds"] and t["lr"] == rates.get(t["row"]))
+    ]
 
 
 def _tests(trainings: list[Any], row: str) -> list[Any]:
@@ -305,10 +265,6 @@ def _spread(values: Iterable[float | None], digits: int) -> str:
     numbers = _numbers(values)
     deviation = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
     return f"{np.mean(numbers):.{digits}f}{deviation}"
-
-
-def _listed(values: Iterable[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
 
 
 def _table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:

@@ -15,6 +15,7 @@ from fgsgd_jax.bounds import Certificate, Chain, ConvNorms, GeneralizationBounds
 from ._device_data import DeviceSplit, normalize
 from ._models import Model
 from ._models._initializers import BN_EPSILON
+from ._paths import by_path
 from ._state import TrainState
 from ._trainer import Trainer
 
@@ -134,10 +135,8 @@ def geometries(model: Model, shape: tuple[int, ...]) -> dict[str, fg.ConvGeometr
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     traced = jax.make_jaxpr(lambda params, stats, images: model.apply(params, stats, images, False, False)[0])
     jaxpr = traced(params, stats, images).jaxpr
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     found: dict[str, fg.ConvGeometry] = {}
-    _collect(jaxpr, dict(zip(jaxpr.invars, paths, strict=False)), found)
+    _collect(jaxpr, dict(zip(jaxpr.invars, by_path(params), strict=False)), found)
     return found
 
 
@@ -166,10 +165,7 @@ def _collect(jaxpr: Any, names: dict[Any, str], found: dict[str, fg.ConvGeometry
 
 def structure(found: dict[str, fg.ConvGeometry], params: Any) -> Chain | None:
     """How the networks of `_models` are put together; None for those with squeeze-and-excitation gates."""
-    shapes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    shapes = {path: leaf.shape for path, leaf in by_path(params).items()}
     if any("/squeeze/" in path for path in shapes):
         return None
     parts: list[Any] = []

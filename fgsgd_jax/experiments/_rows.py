@@ -1,74 +1,10 @@
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ._config import Config, TrainConfig, fits
-from ._errors import UsageError, did_you_mean, unknown
-from ._schemes import short_name
-from ._text import SCHEMES, TextConfig
-from ._text._config import RATE_OF, SCHEME_OF
-
-# The rows of the paper's tables: schemes by their shortest names.
-ROWS = (
-    "euc",
-    "wn",
-    "each-sp",
-    "each-ob",
-    "each-st",
-    "sp",
-    "ob",
-    "st",
-    "poms-st",
-    "pi3",
-    "po3",
-    "pio-sp-ob",
-    "pio-sp-st",
-    "pio-ob-st",
-    "pio3",
-    "pio4",
-)
-
-# What a row may change: one option against the row's scheme, by its short name here and by that of `fgsgd train`.
-OPTIONS = {
-    "wd": "weight_decay",
-    "momentum": "momentum",
-    "gamma": "gamma",
-    "lambda": "lambda_",
-    "floor": "lambda_floor",
-    "retraction": "retraction",
-    "schedule": "schedule",
-    "rho": "rho",
-    "curvature": "curvature",
-    "zeta": "zeta",
-    "pooling": "pooling",
-    "clip": "clip",
-}
-
-# The rows of a comparison on text.
-TEXT_ROWS = (
-    "adamw",
-    "muon",
-    "hyperball",
-    "muon-hyperball",
-    "spel",
-    "spel:heads",
-    "manifold-muon",
-    "on-manifolds",
-    "on-manifolds:oblique",
-    "on-manifolds:po-heads",
-    "on-manifolds:pio-tiles",
-    "fgsgd",
-)
-TEXT_OPTIONS = {
-    "wd": "weight_decay",
-    "momentum": "momentum",
-    "free-lr": "free_lr",
-    "warmup": "warmup",
-    "schedule": "schedule",
-    "retraction": "retraction",
-    "tangent": "tangent",
-    "start": "start",
-}
+from ._errors import UsageError, did_you_mean
+from ._tasks import kind_of
 
 
 def row_name(row: str, base: Config | None = None) -> str:
@@ -84,13 +20,8 @@ def row_name(row: str, base: Config | None = None) -> str:
     """
     base = TrainConfig() if base is None else base
     name, *changes = row.split("~")
-    if isinstance(base, TextConfig):
-        optimizer, scheme = _text_row(row, name)
-        name = optimizer if scheme == SCHEME_OF[optimizer] else f"{optimizer}:{scheme}"
-    else:
-        name = short_name(name)
-    changed = _changes(row, changes, type(base))
-    return "~".join([name, *(f"{option}={_written(value)}" for option, value in changed)])
+    changed = _changes(row, changes, base)
+    return "~".join([kind_of(base).name(row, name), *(f"{option}={_written(value)}" for option, value in changed)])
 
 
 def row_config(row: str, base: Config) -> Any:
@@ -105,36 +36,14 @@ def row_config(row: str, base: Config) -> Any:
         UsageError: there is no such scheme, optimizer, option or value.
     """
     name, *changes = row.split("~")
-    options = _options(type(base))
-    changed: dict[str, Any] = {options[name]: value for name, value in _changes(row, changes, type(base))}
-    if isinstance(base, TextConfig):
-        changed["optimizer"], changed["scheme"] = _text_row(row, name)
-        changed["lr"] = None
-    else:
-        changed["scheme"] = name
-    return dataclasses.replace(base, **changed).check()
+    kind = kind_of(base)
+    changed = {kind.options[option]: value for option, value in _changes(row, changes, base)}
+    return dataclasses.replace(base, **kind.fields(row, name), **changed).check()
 
 
 def row_rates(lrs: Sequence[float], row: str, base: Config) -> tuple[float, ...]:
     """The rates that a row is tuned on: the grid, or on text its multiples of the rate that suits the optimizer."""
-    if not isinstance(base, TextConfig):
-        return tuple(lrs)
-    optimizer, _ = _text_row(row, row.split("~")[0])
-    return tuple(float(f"{lr * RATE_OF[optimizer]:.6g}") for lr in lrs)
-
-
-def _text_row(row: str, name: str) -> tuple[Any, Any]:
-    """The optimizer and the scheme of a row on text."""
-    optimizer, colon, scheme = name.partition(":")
-    if optimizer not in SCHEME_OF:
-        raise unknown(f"optimizer in the row {row!r}:", optimizer, SCHEME_OF)
-    if colon and scheme not in SCHEMES:
-        raise unknown(f"scheme in the row {row!r}:", scheme, SCHEMES)
-    return optimizer, scheme if colon else SCHEME_OF[optimizer]
-
-
-def _options(kind: type[Config]) -> Mapping[str, str]:
-    return TEXT_OPTIONS if kind is TextConfig else OPTIONS
+    return kind_of(base).rates(lrs, row.split("~")[0])
 
 
 def check_rows(rows: Iterable[str], base: Config) -> None:
@@ -150,10 +59,10 @@ def check_rows(rows: Iterable[str], base: Config) -> None:
         seen[config] = row
 
 
-def _changes(row: str, changes: Iterable[str], kind: type[Config]) -> list[tuple[str, float | str]]:
+def _changes(row: str, changes: Iterable[str], base: Config) -> list[tuple[str, float | str]]:
     """What a row changes, by the short names of the options."""
     found: dict[str, float | str] = {}
-    hints, options = get_type_hints(kind), _options(kind)
+    hints, options = get_type_hints(type(base)), kind_of(base).options
     spelled = {field.strip("_").replace("_", "-"): short for short, field in options.items()}
     for change in changes:
         name, equals, value = change.partition("=")

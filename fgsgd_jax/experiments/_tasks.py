@@ -1,13 +1,16 @@
-"""The tasks by name: their options."""
+"""The tasks by name: their options and their comparisons."""
 
 from typing import Any
 
-from ._config import TrainConfig
+from ._config import Config, TrainConfig
 from ._errors import unknown
-from ._text import TextConfig
+from ._image_kind import ImageKind
+from ._kind import Kind
+from ._text import TextConfig, TextKind
 
 AnyConfig = TrainConfig | TextConfig
 CONFIGS: dict[str, type[AnyConfig]] = {"images": TrainConfig, "text": TextConfig}
+KINDS: dict[str, Kind] = {"images": ImageKind(), "text": TextKind()}
 
 
 def config_from_dict(values: dict[str, Any]) -> AnyConfig:
@@ -16,3 +19,8 @@ def config_from_dict(values: dict[str, Any]) -> AnyConfig:
     if name not in CONFIGS:
         raise unknown("task", str(name), CONFIGS)
     return CONFIGS[name].from_dict(values)
+
+
+def kind_of(config: Config) -> Kind:
+    """What a comparison of these options is made of."""
+    return KINDS[config.task]

@@ -15,6 +15,7 @@ from ._devices import Devices
 from ._errors import UsageError
 from ._models._initializers import BN_MOMENTUM
 from ._models._model import Stats
+from ._paths import by_path
 from ._state import Figures, Glance, Totals, TrainState, Zeta
 from ._task import make_task
 from ._tasks import AnyConfig
@@ -311,6 +312,4 @@ def _mean(trees: list[Stats]) -> Stats:
 
 def _norms(params: Any) -> dict[str, Array]:
     """Every weight's Frobenius norm, by its "/"-joined path; biases and batch normalization's scales are no weights."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    weights = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves if leaf.ndim > 1}
-    return {path: jnp.sqrt(jnp.sum(jnp.square(weight))) for path, weight in weights.items()}
+    return {path: jnp.sqrt(jnp.sum(jnp.square(leaf))) for path, leaf in by_path(params).items() if leaf.ndim > 1}

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from ._paths import mapped
+
 
 class Factors(NamedTuple):
     """A kernel as weight normalization has it: w = g·v/‖v‖ for every output channel."""
@@ -38,10 +40,7 @@ def weight_normalized(
     """
 
     def init(params: Any) -> WeightNormState:
-        factors = jax.tree_util.tree_map_with_path(
-            lambda path, w: _factors(w) if chosen(jax.tree_util.keystr(path, simple=True, separator="/"), w) else None,
-            params,
-        )
+        factors = mapped(lambda path, w: _factors(w) if chosen(path, w) else None, params)
         return WeightNormState(factors, inner.init(_with(factors, params)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:

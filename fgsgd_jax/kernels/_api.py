@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ..manifolds import Manifold, Mixture
-from . import _cpu_chunks, _cpu_lengths, _cpu_planes, _matrices, _share_out, _xla
+from . import _cpu_lengths, _cpu_matrices, _cpu_planes, _matrices, _share_out, _xla
 from ._by_platform import by_platform
 from ._layers import Layer, Results, unpacked
 
 # In the order of preference. What none of them serves, and every other backend, gets the reference.
-_ON_CPU = (_cpu_planes, _cpu_lengths, _cpu_chunks)
+_ON_CPU = (_cpu_planes, _cpu_lengths, _cpu_matrices)
 _ON_ACCELERATORS = {"tpu": _matrices.TPU, "cuda": _matrices.GPU}
 
 # A module, or an object, with `serves`, `tangent` and `step`.

@@ -1,4 +1,4 @@
-"""CPU: what keeps a step in the cache, and the form for many large matrices: the reference, a few at a time."""
+"""CPU: what keeps a step in the cache, and what keeps XLA from computing things twice."""
 
 import functools
 import operator
@@ -8,46 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from ..manifolds import Manifold
-from . import _reference
-from ._layers import Layer, Results, joined, split
-
-# In each of the arrays of a step so many numbers stay in a core's L2 cache; so few do all together.
-_NUMBERS, _FEW_NUMBERS = 2**16, 2**20
-
-
-def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
-    """Whether this form serves `count` n×p matrices on these manifolds."""
-    del manifolds
-    return count * n * p > _FEW_NUMBERS and _size(n, p, count) < count
-
-
-def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
-    """See `_reference.tangent`."""
-    return _by_matrices(_reference.tangent_of(manifolds), layers)
-
-
-def step(
-    manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
-) -> Results:
-    """See `_reference.step`."""
-    return _by_matrices(_reference.step_of(manifolds, factor, is_tangent), layers)
-
-
-def _by_matrices(of_chunk: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
-    # Fused with reshapes, a concatenation asks of every entry in which of the parts it is.
-    layer = joined(layers, lambda parts: fusion_barrier(lambda *parts: jnp.concatenate(parts), *parts))
-    count, n, p = layer.x.shape
-    results, figures = by_chunks(of_chunk, layer, _size(n, p, count), axis=0)
-    return split(results, layers), split(figures, layers)
-
-
-def _size(n: int, p: int, count: int) -> int:
-    """The matrices of a chunk: as many as fit the cache and divide all."""
-    most = max(1, _NUMBERS // (n * p))
-    return next(size for size in range(most, 0, -1) if count % size == 0)
+from ._layers import Layer
 
 
 def by_chunks(

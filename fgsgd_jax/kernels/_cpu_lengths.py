@@ -50,10 +50,11 @@ def step(
         start = jnp.where(is_point, layer.x, _origins(manifolds, layer) * radius) * (reached / radius)
         return jnp.where(fine, y * scale, start)
 
-    point = lax.cond(jnp.all(fine), lambda: y * scale, somewhere)
+    # Behind the branches the subtraction would be a pass of its own.
+    displacement = lax.cond(jnp.all(fine), lambda: y * scale - layer.x, lambda: somewhere() - layer.x)
     ratio = jnp.sqrt(total(jnp.square(v), whole=True)) / radius
     constrained = Mixture(manifolds, layer.kind).constrained(ratio[..., 0, 0])
-    return split(point - layer.x, layers), split(constrained, layers)
+    return split(displacement, layers), split(constrained, layers)
 
 
 def _origins(manifolds: tuple[Manifold, ...], layer: Layer) -> Array:

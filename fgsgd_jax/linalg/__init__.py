@@ -13,10 +13,13 @@ from ._largest import largest as largest
 from ._msign import msign as msign
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import (
+    Products as Products,
     deviation as deviation,
     identity as identity,
+    or_fallback as or_fallback,
     orthonormalize as orthonormalize,
     polar as polar,
+    polar_iteration as polar_iteration,
 )
 from ._products import gram as gram, matmul as matmul, symmetric as symmetric, transpose as transpose
 from ._qr import qf as qf

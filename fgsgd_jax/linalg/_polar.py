@@ -1,5 +1,8 @@
 """Polar factor of a matrix, by products alone."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,14 +31,7 @@ def orthonormalize(y: Float[Array, "*batch n p"], fallback: Float[Array, "*batch
     matrices take two terms more of the series of (yᵀy)^-½: one turn serves steps of 10 %. The Gram matrix is that of
     `y` itself, so that errors of earlier calls are corrected, not carried along.
     """
-    point, converged = polar_iteration(y)
-
-    def with_fallback() -> Array:
-        length = jnp.sum(jnp.square(fallback), axis=(-2, -1), keepdims=True) / fallback.shape[-1]
-        is_point = jnp.abs(length - 1) < 0.1
-        return jnp.where(converged, point, jnp.where(is_point, fallback, identity(fallback)))
-
-    return lax.cond(jnp.all(converged), lambda: point, with_fallback)
+    return or_fallback(*polar_iteration(y), fallback)
 
 
 @jax.custom_jvp
@@ -53,13 +49,36 @@ def polar(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
     return jnp.where(converged, point, identity(y))
 
 
+def or_fallback(
+    point: Float[Array, "*batch n p"], converged: Bool[Array, "*batch 1 1"], fallback: Float[Array, "*batch n p"]
+) -> Float[Array, "*batch n p"]:
+    """What converged; elsewhere the fallback, or the identity where it has not the length of a point."""
+
+    def with_fallback() -> Array:
+        length = jnp.sum(jnp.square(fallback), axis=(-2, -1), keepdims=True) / min(fallback.shape[-2:])
+        is_point = jnp.abs(length - 1) < 0.1
+        return jnp.where(converged, point, jnp.where(is_point, fallback, identity(fallback)))
+
+    return lax.cond(jnp.all(converged), lambda: point, with_fallback)
+
+
+class Products(NamedTuple):
+    """The two products of `polar_iteration`: `yᵀy - I`, or `yyᵀ - I` of wide matrices, and y by such a one."""
+
+    deviation: Callable[[Float[Array, "*batch n p"]], Float[Array, "*batch q q"]]
+    times: Callable[[Float[Array, "*batch n p"], Float[Array, "*batch q q"]], Float[Array, "*batch n p"]]
+
+
 def polar_iteration(
-    y: Float[Array, "*batch n p"], otherwise: Float[Array, "*batch n p"] | None = None
+    y: Float[Array, "*batch n p"],
+    otherwise: Float[Array, "*batch n p"] | None = None,
+    products: Products | None = None,
 ) -> tuple[Float[Array, "*batch n p"], Bool[Array, "*batch 1 1"]]:
     """Polar factors by as many turns as the matrix that is furthest from orthonormal takes, and which converged.
 
-    Where y has none, it is that of `otherwise`.
+    Where y has none, it is that of `otherwise`. Matrices with n < p need `products` of their own.
     """
+    products = products or Products(deviation, matmul)
     starts = 1 if otherwise is None else 2
 
     def unfinished(carry):
@@ -70,16 +89,16 @@ def polar_iteration(
         y, bound, turns = carry
         if otherwise is not None:
             y = jnp.where((turns == _MOST_TURNS) & (bound > exact_below(y.dtype)), otherwise, y)
-        e = deviation(y)
+        e = products.deviation(y)
         # Below a Gram of norm 2 the iteration converges. Anything else is scaled into (0, 1] by its ∞-norm at first.
         size = jnp.max(jnp.sum(jnp.abs(e), axis=-1, keepdims=True), axis=-2, keepdims=True)
         shrink = jnp.where((turns % _MOST_TURNS == 0) & (size > 1), 1 / (1 + size), 1)
         e = shrink * e - (1 - shrink) * identity(e)
-        root, small = _root(e, third_order=y.shape[-2] >= _TALLER * y.shape[-1])
+        root, small = _root(e, third_order=max(y.shape[-2:]) >= _TALLER * e.shape[-1])
         # Entries of small² are at most the square of the longest column.
         bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(small), axis=-2, keepdims=True), axis=-1, keepdims=True))
         y = jnp.sqrt(shrink) * y
-        return y + matmul(y, root), bound, turns + 1
+        return y + products.times(y, root), bound, turns + 1
 
     start = jnp.full((*y.shape[:-2], 1, 1), jnp.inf, y.dtype) + 0 * y[..., :1, :1]
     y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))

@@ -11,10 +11,11 @@ from .._compare import RESULTS, Comparison, compare, read_results
 from .._comparison_report import draw, report
 from .._config import TrainConfig, option
 from .._errors import UsageError, unknown
-from .._rows import ROWS, TEXT_ROWS, check_rows, row_name
+from .._image_kind import ImageKind
+from .._rows import check_rows, row_name
 from .._tasks import CONFIGS
-from .._text import TextConfig
-from .._text._config import Optimizer, Scheme
+from .._text import TextConfig, TextKind
+from .._text._config import Optimizer, Scheme, Start
 from ._command import Command, given
 
 REPORT, PICTURE = "report.md", "comparison.png"
@@ -52,7 +53,7 @@ class Compare(Command):
     SHARE: ClassVar[str] = "--held-out"
 
     config: Annotated[SharedConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=SharedConfig)
-    rows: str = ",".join(ROWS)
+    rows: str = ",".join(ImageKind.rows)
     """The rows, separated by commas: schemes, by any name that `fgsgd train --scheme` takes. ~option=value after a name
     changes an option of that row: euc~wd=0.005."""
     lrs: str = "0.03,0.1,0.3"
@@ -63,6 +64,8 @@ class Compare(Command):
     """Trainings of every row and rate of the grid."""
     held_out: float = 0.2
     """The share of the training images on which rates are compared."""
+    widen: int = 0
+    """How many rates more a row may try beyond an end of the grid, as long as the best lies there."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where results, report and picture are kept; runs/compare-DATA-MODEL where left out. An interrupted comparison
     goes on where it was, by the same command; rows and seeds may be added."""
@@ -83,11 +86,13 @@ class Compare(Command):
         check_rows(rows, config)
         if self.seeds < 1 or self.tuning_seeds < 1:
             raise UsageError("--seeds and --tuning-seeds: give a whole number of 1 or more")
+        if self.widen < 0:
+            raise UsageError("--widen: give a whole number of 0 or more")
         if not 0 < share < 1:
             raise UsageError(f"{self.SHARE}: give a share between 0 and 1")
         config = dataclasses.replace(config, validation=0.0)
         folder = self.run_dir or Path("runs") / "-".join(["compare", *config.names[:2]])
-        comparison = Comparison(config, rows, self._rates(), self.seeds, self.tuning_seeds, share)
+        comparison = Comparison(config, rows, self._rates(), self.seeds, self.tuning_seeds, share, self.widen)
         try:
             compare(comparison, folder, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
         except KeyboardInterrupt as interruption:
@@ -115,14 +120,15 @@ class Compare(Command):
     def _command(self, comparison: Comparison, folder: Path) -> str:
         """What to type, in the same place, for the same."""
         words = ["fgsgd", "compare"]
-        if isinstance(comparison.base, TextConfig):
-            words += ["--task", "text"]
+        if comparison.base.task != TrainConfig.task:
+            words += ["--task", comparison.base.task]
         for field in dataclasses.fields(comparison.base):
             value = getattr(comparison.base, field.name)
             if field.name not in UNSHARED and value != field.default:
                 words += [option(field.name), str(value)]
         words += ["--rows", ",".join(comparison.rows), "--lrs", self.lrs, "--seeds", str(self.seeds)]
         words += ["--tuning-seeds", str(self.tuning_seeds), self.SHARE, str(comparison.held_out)]
+        words += ["--widen", str(self.widen)] * (self.widen > 0)
         words += ["--run-dir", str(folder)]
         return shlex.join(words)
 
@@ -135,7 +141,7 @@ class SharedTextConfig(TextConfig):
     scheme: _Given[Scheme] = "auto"
     lr: _Given[float | None] = None
     tangent: _Given[Literal["on", "off"]] = "on"
-    start: _Given[Literal["uniform", "nearest"]] = "uniform"
+    start: _Given[Start] = "uniform"
     seed: _Given[int] = 0
     validation: float = 0.1
     """The share of the training text on which rates are compared: the last part of every file."""
@@ -159,7 +165,7 @@ class TextCompare(Compare):
     config: Annotated[SharedTextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(  # pyright: ignore
         default_factory=SharedTextConfig
     )
-    rows: str = ",".join(TEXT_ROWS)
+    rows: str = ",".join(TextKind.rows)
     """The rows, separated by commas: optimizers as `fgsgd train --task text` takes them, after which :scheme chooses
     other manifolds than the optimizer's own, and ~option=value changes an option: spel:heads~tangent=off."""
     lrs: str = "0.3,1,3"

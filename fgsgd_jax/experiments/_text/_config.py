@@ -11,7 +11,8 @@ from .._schemes import Retraction
 from ._corpus import TextSet, load_text
 
 Optimizer = Literal["adamw", "muon", "hyperball", "muon-hyperball", "spel", "manifold-muon", "on-manifolds", "fgsgd"]
-Scheme = Literal["auto", "euc", "spheres", "stiefel", "heads", "oblique", "po-heads", "pio-tiles"]
+Start = Literal["uniform", "nearest", "free"]
+Scheme = Literal["auto", "euc", "euc-heads", "spheres", "stiefel", "heads", "oblique", "po-heads", "pio-tiles"]
 
 # What the weights of each optimizer live on, where nothing else is asked for.
 SCHEME_OF: dict[Optimizer, Scheme] = {
@@ -25,6 +26,7 @@ SCHEME_OF: dict[Optimizer, Scheme] = {
     "fgsgd": "heads",
 }
 UNCONSTRAINED = ("adamw", "muon")
+FREE = ("euc", "euc-heads")
 
 # Where the search for each optimizer's rate begins.
 RATE_OF: dict[Optimizer, float] = {
@@ -60,10 +62,10 @@ class TextConfig(Config):
     """adamw; muon; hyperball (Adam inside) and muon-hyperball; spel; manifold-muon; on-manifolds (AdamW with projected
     gradients); fgsgd."""
     scheme: Scheme = "auto"
-    """What the weights live on: euc (free), spheres (one a matrix), stiefel (one a matrix), heads (a Stiefel manifold a
-    head and a matrix of the MLPs, unit embeddings), oblique (the same with unit columns in the MLPs), po-heads and
-    pio-tiles (the same with sphere, oblique and Stiefel mixed over the heads, or over tiles of the MLPs). Left out:
-    what suits the optimizer."""
+    """What the weights live on: euc (free), euc-heads (the same, with Muon by heads), spheres (one a matrix), stiefel
+    (one a matrix), heads (a Stiefel manifold a head and a matrix of the MLPs, unit embeddings), oblique (the same with
+    unit columns in the MLPs), po-heads and pio-tiles (the same with sphere, oblique and Stiefel mixed over the heads,
+    or over tiles of the MLPs). Left out: what suits the optimizer."""
     steps: int = 300
     """Steps of the training."""
     report_every: int = 50
@@ -94,8 +96,9 @@ class TextConfig(Config):
     """AdamW's and Muon's, on free matrices."""
     tangent: Literal["on", "off"] = "on"
     """Project onto the tangent space before spel's direction, or not."""
-    start: Literal["uniform", "nearest"] = "uniform"
-    """Constrained weights begin uniform on their manifolds, or at the nearest point to where free ones begin."""
+    start: Start = "uniform"
+    """Constrained weights begin uniform on their manifolds, at the nearest point to where free ones begin, or where
+    free ones begin: the first gradient is taken there, and the first step leads to the manifolds."""
     retraction: Retraction = "polar"
     """How Stiefel weights return to their manifold."""
     seed: int = 0
@@ -121,15 +124,17 @@ class TextConfig(Config):
                 f"{2 * self.heads}, or other --heads"
             )
         scheme = SCHEME_OF[self.optimizer] if self.scheme == "auto" else self.scheme
-        if (self.optimizer in UNCONSTRAINED) != (scheme == "euc"):
+        if (self.optimizer in UNCONSTRAINED) != (scheme in FREE):
             free = [name for name in get_args(Optimizer) if name in UNCONSTRAINED]
             raise UsageError(
                 f"--optimizer {self.optimizer} --scheme {scheme}: {' and '.join(free)} have free weights (euc), all "
                 "others weights on manifolds; leave --scheme out, or give on-manifolds for AdamW on manifolds"
             )
+        if scheme == "euc-heads" and self.optimizer != "muon":
+            raise UsageError(f"--optimizer {self.optimizer} --scheme {scheme}: only muon takes heads by themselves")
         if self.tangent == "off" and self.optimizer != "spel":
             raise UsageError(f"--tangent off --optimizer {self.optimizer}: only spel goes without the projection")
-        if self.start != "uniform" and scheme == "euc":
+        if self.start != "uniform" and scheme in FREE:
             raise UsageError(f"--start {self.start} --optimizer {self.optimizer}: no weight is constrained")
         return dataclasses.replace(self, scheme=scheme, lr=RATE_OF[self.optimizer] if self.lr is None else self.lr)
 

@@ -1,15 +1,19 @@
 """The optimizers of a GPT."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
+from jaxtyping import Array, Bool
 from optax import contrib
 from optax.contrib import MuonDimensionNumbers
 
 import fgsgd_jax as fg
 
+from .._paths import mapped
 from ._config import TextConfig
 from ._rules import is_block_matrix
 
@@ -70,14 +74,42 @@ def make_text_optimizer(
             fg.retract(plan),
             fg.rescale(plan),
         )
+    if config.start == "free" and plan is not None:
+        tx = from_free_weights(tx, plan)
     return optax.with_extra_args_support(tx)
+
+
+class FreeStart(NamedTuple):
+    """The state of an optimizer whose first weights are free."""
+
+    begun: Bool[Array, ""]
+    inner: Any
+
+
+def from_free_weights(tx: optax.GradientTransformation, plan: fg.Plan) -> optax.GradientTransformationExtraArgs:
+    """`tx` for weights that begin off their manifolds: its first step leads from the nearest points, by the gradient
+    that was taken off them.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> FreeStart:
+        return FreeStart(jnp.zeros((), bool), tx.init(fg.nearest(params, plan)))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, FreeStart]:
+        near = lax.cond(state.begun, lambda tree: tree, lambda tree: fg.nearest(tree, plan), params)
+        moved, inner = tx.update(updates, state.inner, near, **extra_args)
+        # Exactly zero from the second update on.
+        gaps = jax.tree.map(jnp.subtract, near, params)
+        return jax.tree.map(jnp.add, moved, gaps), FreeStart(jnp.ones((), bool), inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _adamw(config: TextConfig, rate: optax.Schedule, plan: fg.Plan | None = None) -> optax.GradientTransformation:
     """AdamW, whose decay is of free matrices alone."""
 
     def decayed(tree: Any) -> Any:
-        return _mask(tree, lambda path, leaf: leaf.ndim > 1 and (plan is None or path not in plan.collections))
+        return mapped(lambda path, leaf: leaf.ndim > 1 and (plan is None or path not in plan.collections), tree)
 
     return optax.adamw(rate, b1=B1, b2=B2, weight_decay=config.weight_decay, mask=decayed)
 
@@ -85,18 +117,23 @@ def _adamw(config: TextConfig, rate: optax.Schedule, plan: fg.Plan | None = None
 def _muon(
     config: TextConfig, rate: optax.Schedule, free_rate: optax.Schedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Muon for the matrices of the blocks, all heads of a projection as one; Adam for the rest."""
+    """Muon for the matrices of the blocks, the heads of a projection as one (each by itself in `euc-heads`); Adam for
+    the rest.
+    """
 
     def dimensions(tree: Any) -> Any:
-        def of_leaf(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if not is_block_matrix(name):
+        def of_leaf(path: str, leaf: Any) -> MuonDimensionNumbers | None:
+            if not is_block_matrix(path):
                 return None
             if leaf.ndim == 2:
                 return MuonDimensionNumbers()
-            return MuonDimensionNumbers((0, 1), 2) if name.endswith("out/kernel") else MuonDimensionNumbers(0, (1, 2))
+            out = path.endswith("out/kernel")
+            if config.scheme == "euc-heads":
+                # What is neither input nor output is a batch of matrices.
+                return MuonDimensionNumbers(1, 2) if out else MuonDimensionNumbers(0, 2)
+            return MuonDimensionNumbers((0, 1), 2) if out else MuonDimensionNumbers(0, (1, 2))
 
-        return jax.tree_util.tree_map_with_path(of_leaf, tree)
+        return mapped(of_leaf, tree)
 
     return contrib.muon(
         rate,
@@ -110,10 +147,4 @@ def _muon(
 
 
 def _in_plan(plan: fg.Plan, collected: bool) -> Mask:
-    return lambda tree: _mask(tree, lambda path, leaf: (path in plan.collections) == collected)
-
-
-def _mask(tree: Any, chosen: Callable[[str, Any], bool]) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: chosen(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree
-    )
+    return lambda tree: mapped(lambda path, _: (path in plan.collections) == collected, tree)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import fgsgd_jax as fg
 
 from .._schemes import Retraction, Rules
-from ._config import Scheme
+from ._config import FREE, Scheme
 from ._gpt import EXPANSION, GPTShape
 
 SCHEMES = tuple(name for name in get_args(Scheme) if name != "auto")
@@ -22,14 +22,15 @@ def text_rules(scheme: Scheme, shape: GPTShape, retraction: Retraction = "polar"
     Every weight has the Frobenius norm with which free ones begin: the root of its number of outputs.
 
     Args:
-        scheme: `euc`; `spheres` and `stiefel`, one for each matrix of a block; `heads`, a Stiefel manifold for each
-            head's query, key, value and output and for each matrix of an MLP, and spheres for the embedding's rows;
-            `oblique`, the same with unit columns in the MLPs; `po-heads`, the same as `heads` with spheres, oblique and
-            Stiefel manifolds mixed over the heads; `pio-tiles`, with them mixed over tiles of the MLPs.
+        scheme: `euc` and `euc-heads`; `spheres` and `stiefel`, one for each matrix of a block; `heads`, a Stiefel
+            manifold for each head's query, key, value and output and for each matrix of an MLP, and spheres for the
+            embedding's rows; `oblique`, the same with unit columns in the MLPs; `po-heads`, the same as `heads` with
+            spheres, oblique and Stiefel manifolds mixed over the heads; `pio-tiles`, with them mixed over tiles of the
+            MLPs.
         shape: of the GPT.
         retraction: how Stiefel points return to their manifold.
     """
-    if scheme == "euc":
+    if scheme in FREE:
         return None
     width, head, up = shape.width, shape.head_dim, math.sqrt(EXPANSION)
 

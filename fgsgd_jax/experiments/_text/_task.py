@@ -80,7 +80,13 @@ class TextTask:
             ) from error
 
     def begin(self, key: jax.Array, params: Any, plan: fg.Plan) -> Any:
-        return fg.nearest(params, plan) if self._config.start == "nearest" else fg.initialize(key, params, plan)
+        match self._config.start:
+            case "uniform":
+                return fg.initialize(key, params, plan)
+            case "nearest":
+                return fg.nearest(params, plan)
+            case "free":
+                return params
 
     def optimizer(self, rate: optax.Schedule, plan: fg.Plan | None) -> optax.GradientTransformationExtraArgs:
         return make_text_optimizer(self._config, rate, lambda count: self._config.free_lr * self.unit_rate(count), plan)

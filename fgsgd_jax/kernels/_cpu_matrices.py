@@ -1,0 +1,117 @@
+"""CPU: larger matrices, by the manifolds' own methods, a few at a time so that they stay in the cache.
+
+On the Stiefel manifold wide matrices are nowhere transposed, and no sum runs along rows that are far apart in memory:
+XLA on CPU makes a copy of the first, and takes longer for the second than for a product.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float
+
+from ..linalg import Products, gram, identity, matmul, or_fallback, polar_iteration, transpose
+from ..manifolds import Manifold, Stiefel
+from . import _reference
+from ._cpu_chunks import by_chunks, fusion_barrier
+from ._cpu_lengths import total
+from ._layers import Layer, Results, joined, split, unpacked
+
+# In each of the arrays of a step so many numbers stay in a core's L2 cache; so few do all together.
+_NUMBERS, _FEW_NUMBERS = 2**17, 2**20
+# Up to so many multiplications layers are joined: a program grows with every one that is not, but saves its copies.
+_MULTIPLICATIONS = 16**3
+
+
+def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
+    """Whether this form serves `count` n×p matrices on these manifolds."""
+    return (_is_large(n, p) and any(_by_polar(manifold) for manifold in manifolds)) or _by_few(n, p, count)
+
+
+def _is_large(n: int, p: int) -> bool:
+    return n * p * min(n, p) > _MULTIPLICATIONS
+
+
+def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
+    """See `_reference.tangent`."""
+    return _by_matrices(_reference.tangent_of(_own(manifolds)), layers)
+
+
+def step(
+    manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
+) -> Results:
+    """See `_reference.step`."""
+    return _by_matrices(_reference.step_of(_own(manifolds), factor, is_tangent), layers)
+
+
+def _by_matrices(of: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
+    if _is_large(*layers[0].x.shape[-2:]):
+        return unpacked([_by_chunks(of, layer) for layer in layers])
+    # Fused with reshapes, a concatenation asks of every entry in which of the parts it is.
+    layer = joined(layers, lambda parts: fusion_barrier(lambda *parts: jnp.concatenate(parts), *parts))
+    results, figures = _by_chunks(of, layer)
+    return split(results, layers), split(figures, layers)
+
+
+def _by_chunks(of: Callable[[Layer], tuple[Array, Array]], layer: Layer) -> tuple[Array, Array]:
+    n, p = layer.x.shape[-2:]
+    if not _by_few(n, p, layer.radius.size):
+        return of(layer)
+    flat = joined([layer])
+    results, figures = by_chunks(of, flat, _size(*flat.x.shape), axis=0)
+    return results.reshape(layer.x.shape), figures.reshape(layer.radius.shape)
+
+
+def _by_few(n: int, p: int, count: int) -> bool:
+    """Whether to take a few at a time."""
+    return count * n * p > _FEW_NUMBERS and _size(count, n, p) < count
+
+
+def _size(count: int, n: int, p: int) -> int:
+    """The matrices of a chunk: as many as fit the cache and divide all."""
+    most = max(1, _NUMBERS // (n * p))
+    return next(size for size in range(most, 0, -1) if count % size == 0)
+
+
+def _own(manifolds: tuple[Manifold, ...]) -> tuple[Manifold, ...]:
+    # Radii are those of the layers.
+    return tuple(_Stiefel() if _by_polar(manifold) else manifold for manifold in manifolds)
+
+
+def _by_polar(manifold: Manifold) -> bool:
+    return type(manifold) is Stiefel and manifold.retraction == "polar"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stiefel(Stiefel):
+    """The same manifold by other means."""
+
+    def _project(self, x, g):
+        products = matmul(x, transpose(g)) if _is_wide(x) else gram(x, g)
+        # Read along the columns, what is added would take three times as long.
+        transposed = with_layout_constraint(transpose(products), Layout(tuple(range(products.ndim))))
+        return g - _times(x, (products + transposed) / 2)
+
+    def _retract(self, x, v):
+        return or_fallback(*polar_iteration(x + v, products=Products(_deviation, _times)), x)
+
+
+def _deviation(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
+    """See `linalg.deviation`."""
+    if _is_wide(y):
+        e = matmul(y, transpose(y))
+        squares = jnp.sum(jnp.square(y) - 1 / y.shape[-1], axis=-1, keepdims=True)
+    else:
+        e = gram(y, y)
+        squares = total(jnp.square(y) - 1 / y.shape[-2], whole=False)
+    eye = identity(e)
+    return jnp.where(eye > 0, squares, e - eye)
+
+
+def _times(x: Array, symmetric: Array) -> Array:
+    return matmul(symmetric, x) if _is_wide(x) else matmul(x, symmetric)
+
+
+def _is_wide(x: Array) -> bool:
+    return x.shape[-2] < x.shape[-1]
