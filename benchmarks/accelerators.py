@@ -5,11 +5,12 @@ take; the kernels launched and the bytes that they read and write; XLA's own est
 TPU, which it has none of for Pallas calls; temporary memory; branches, loops and collectives. A step is
 `tx.update` and `optax.apply_updates` in one program.
 
-Each target has a process of its own, since one process at a time can hold libtpu.
+Each target has a process of its own; two run at a time.
 """
 
 import argparse
 import collections
+import concurrent.futures
 import importlib.metadata
 import importlib.util
 import json
@@ -17,7 +18,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +103,7 @@ def main():
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), help="of those of a case")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON, whose other rows stay")
+    parser.add_argument("--jobs", type=int, default=2, help="targets at a time")
     parser.add_argument("--table", action="store_true", help="only print what the JSON has")
     parser.add_argument("--dump", type=Path, help="a folder for the compiled programs' text")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
@@ -108,16 +112,38 @@ def main():
         return inside(options)
     rows = json.loads(options.results.read_text(encoding="utf-8"))["rows"] if options.results.exists() else []
     if not options.table:
-        for target in options.targets:
-            rows = measured(target, rows, options)
+        table_of = Rows(options.results, rows)
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda target: measured(target, table_of, options), options.targets))
+        rows = table_of.rows
     print(table(rows))
     if options.results == RESULTS:
         for path, make in TEXTS.items():
             path.write_text(filled(path.read_text(encoding="utf-8"), make(rows)), encoding="utf-8")
 
 
-def measured(target: str, rows: list[dict], options: argparse.Namespace) -> list[dict]:
-    """The rows with this target's new ones, written as they come; a case that ends its process is noted and passed."""
+class Rows:
+    """The rows of a JSON, written as they come."""
+
+    def __init__(self, path: Path, rows: list[dict]):
+        self.path, self.rows, self._lock = path, rows, threading.Lock()
+
+    def add(self, row: dict) -> None:
+        key = (row["target"], row["case"], row["name"])
+        with self._lock:
+            others = [old for old in self.rows if (old["target"], old["case"], old["name"]) != key]
+            # In one order, whichever target is first.
+            self.rows = sorted([*others, row], key=lambda each: _place(each["target"], TARGETS))
+            write(self.path, self.rows)
+        print(f"  {' · '.join(key)}: {_shown(row)}", flush=True)
+
+
+def _place(name: str, order: Collection[str]) -> int:
+    return list(order).index(name) if name in order else len(order)
+
+
+def measured(target: str, rows: Rows, options: argparse.Namespace) -> None:
+    """Adds this target's rows; a case that ends its process is noted and passed."""
     command = [sys.executable, __file__, "--inside", target, "--optimizers", *options.optimizers]
     command += ["--only", *options.only] if options.only else []
     command += ["--dump", str(options.dump)] if options.dump else []
@@ -136,15 +162,12 @@ def measured(target: str, rows: list[dict], options: argparse.Namespace) -> list
             if list(row) == ["begun"]:
                 done.append(row["begun"])
                 continue
-            key = (row["target"], row["case"], row["name"])
-            rows = [old for old in rows if (old["target"], old["case"], old["name"]) != key] + [row]
-            print(f"  {' · '.join(key)}: {_shown(row)}", flush=True)
-            write(options.results, rows)
+            rows.add(row)
         if not program.wait():
-            return rows
+            return
         print(f"{target}: {done[-1:]} ended its process with {program.returncode}; the others go on", flush=True)
         if not done:
-            return rows
+            return
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -156,7 +179,9 @@ def write(path: Path, rows: list[dict]) -> None:
 def _environment(platform: str) -> dict[str, str]:
     found = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
     if platform == "tpu":
-        return found | {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+        found |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+        # Processes that only compile need not wait for each other.
+        return found | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     # Without a device no kernel can be tried, so none is chosen by its time.
     spec = importlib.util.find_spec("nvidia")
     cuda = Path(next(iter(spec.submodule_search_locations))) / "cu13" if spec else ""
