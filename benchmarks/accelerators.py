@@ -5,11 +5,13 @@ take; the kernels launched and the bytes that they read and write; XLA's own est
 TPU, which it has none of for Pallas calls; temporary memory; branches, loops and collectives. A step is
 `tx.update` and `optax.apply_updates` in one program.
 
-Each target has a process of its own, since one process at a time can hold libtpu.
+Each target has a process of its own; two run at a time. With `--here` the same workloads run on the device that there
+is: see accelerators_here.py.
 """
 
 import argparse
 import collections
+import concurrent.futures
 import importlib.metadata
 import importlib.util
 import json
@@ -17,10 +19,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -99,25 +103,54 @@ def main():
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose name has one of these words")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), help="of those of a case")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON, whose other rows stay")
+    parser.add_argument("--results", type=Path, help="the JSON, whose other rows stay")
+    parser.add_argument("--here", action="store_true", help="run them on this machine's own device, and time them")
+    parser.add_argument("--jobs", type=int, default=2, help="targets at a time")
     parser.add_argument("--table", action="store_true", help="only print what the JSON has")
     parser.add_argument("--dump", type=Path, help="a folder for the compiled programs' text")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         return inside(options)
+    if options.here:
+        import accelerators_here
+
+        return accelerators_here.run(options)
+    options.results = options.results or RESULTS
     rows = json.loads(options.results.read_text(encoding="utf-8"))["rows"] if options.results.exists() else []
     if not options.table:
-        for target in options.targets:
-            rows = measured(target, rows, options)
+        table_of = Rows(options.results, rows)
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda target: measured(target, table_of, options), options.targets))
+        rows = table_of.rows
     print(table(rows))
     if options.results == RESULTS:
         for path, make in TEXTS.items():
             path.write_text(filled(path.read_text(encoding="utf-8"), make(rows)), encoding="utf-8")
 
 
-def measured(target: str, rows: list[dict], options: argparse.Namespace) -> list[dict]:
-    """The rows with this target's new ones, written as they come; a case that ends its process is noted and passed."""
+class Rows:
+    """The rows of a JSON, written as they come."""
+
+    def __init__(self, path: Path, rows: list[dict]):
+        self.path, self.rows, self._lock = path, rows, threading.Lock()
+
+    def add(self, row: dict) -> None:
+        key = (row["target"], row["case"], row["name"])
+        with self._lock:
+            others = [old for old in self.rows if (old["target"], old["case"], old["name"]) != key]
+            # In one order, whichever target is first.
+            self.rows = sorted([*others, row], key=lambda each: _place(each["target"], TARGETS))
+            write(self.path, self.rows)
+        print(f"  {' · '.join(key)}: {_shown(row)}", flush=True)
+
+
+def _place(name: str, order: Collection[str]) -> int:
+    return list(order).index(name) if name in order else len(order)
+
+
+def measured(target: str, rows: Rows, options: argparse.Namespace) -> None:
+    """Adds this target's rows; a case that ends its process is noted and passed."""
     command = [sys.executable, __file__, "--inside", target, "--optimizers", *options.optimizers]
     command += ["--only", *options.only] if options.only else []
     command += ["--dump", str(options.dump)] if options.dump else []
@@ -136,15 +169,12 @@ def measured(target: str, rows: list[dict], options: argparse.Namespace) -> list
             if list(row) == ["begun"]:
                 done.append(row["begun"])
                 continue
-            key = (row["target"], row["case"], row["name"])
-            rows = [old for old in rows if (old["target"], old["case"], old["name"]) != key] + [row]
-            print(f"  {' · '.join(key)}: {_shown(row)}", flush=True)
-            write(options.results, rows)
+            rows.add(row)
         if not program.wait():
-            return rows
+            return
         print(f"{target}: {done[-1:]} ended its process with {program.returncode}; the others go on", flush=True)
         if not done:
-            return rows
+            return
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -156,7 +186,9 @@ def write(path: Path, rows: list[dict]) -> None:
 def _environment(platform: str) -> dict[str, str]:
     found = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
     if platform == "tpu":
-        return found | {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+        found |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+        # Processes that only compile need not wait for each other.
+        return found | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     # Without a device no kernel can be tried, so none is chosen by its time.
     spec = importlib.util.find_spec("nvidia")
     cuda = Path(next(iter(spec.submodule_search_locations))) / "cu13" if spec else ""
@@ -182,9 +214,8 @@ def inside(options: argparse.Namespace) -> None:
             print(json.dumps({"begun": full}), flush=True)
             row = {"target": target, "case": case, "name": name}
             try:
-                row |= figures(
-                    platform, devices, workload, name, options.dump and options.dump / f"{target} {full}.txt"
-                )
+                dump = options.dump and options.dump / f"{target} {full}.txt"
+                row |= compiled(platform, workload, program(devices, workload, name), dump)[1]
             except Exception as error:
                 first = next(iter(str(error).splitlines()), "")
                 row["left out"] = f"{type(error).__name__}: {first[:300]}"
@@ -212,25 +243,40 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def figures(platform: str, devices: list, workload: Workload, name: str, dump: Path | None = None) -> dict[str, Any]:
-    """One row's figures."""
+class Program(NamedTuple):
+    """What is compiled: a function, its arguments' shapes, and which of them it may overwrite.
+
+    Of an update also what it begins with: the plan of its weights, and their first state.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple
+    donated: tuple[int, ...] = ()
+    plan: Any = None
+    init: Callable[[Any], Any] | None = None
+
+
+def compiled(
+    platform: str, workload: Workload, program: Program, dump: Path | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The compiled program, and a row's figures of it."""
     import jax
     from accelerators_hlo import cost
 
-    function, arguments, donated = program(devices, workload, name)
     jax.clear_caches()
     # Beside other work the clock says little of a compiler; its processor time does.
     start, processor = time.perf_counter(), time.process_time()
-    lowered = jax.jit(function, donate_argnums=donated).trace(*arguments).lower(lowering_platforms=(platform,))
+    traced = jax.jit(program.function, donate_argnums=program.donated).trace(*program.arguments)
+    lowered = traced.lower(lowering_platforms=(platform,))
     middle = time.perf_counter()
-    compiled = lowered.compile()
+    made = lowered.compile()
     end, processor = time.perf_counter(), time.process_time() - processor
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+    text, memory = made.as_text(), made.memory_analysis()
     if dump:
         dump.parent.mkdir(parents=True, exist_ok=True)
         dump.write_text(text, encoding="utf-8")
     found = cost(text)
-    return {
+    return made, {
         "seconds": end - start,
         "lower": middle - start,
         "processor": processor,
@@ -248,8 +294,8 @@ def figures(platform: str, devices: list, workload: Workload, name: str, dump: P
     }
 
 
-def program(devices: list, workload: Workload, name: str) -> tuple[Any, tuple, tuple[int, ...]]:
-    """What is compiled: the function, its arguments' shapes, and which of them it may overwrite."""
+def program(devices: list, workload: Workload, name: str) -> Program:
+    """A workload by an optimizer, or by `fg.initialize`, as shapes of arrays on these devices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -270,7 +316,7 @@ def program(devices: list, workload: Workload, name: str) -> tuple[Any, tuple, t
     if workload.initialize:
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=one)
-        return lambda key, params: fg.initialize(key, params, plan), (key, params), ()
+        return Program(lambda key, params: fg.initialize(key, params, plan), (key, params))
     tx = {
         FGSGD: lambda: fg.fgsgd(0.1, plan, momentum=0.9, shardings=over if workload.mesh else None),
         SGD: lambda: optax.sgd(0.1, momentum=0.9),
@@ -290,7 +336,7 @@ def program(devices: list, workload: Workload, name: str) -> tuple[Any, tuple, t
         return optax.apply_updates(params, updates), state
 
     state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, bare))
-    return step, (params, state, params), (1, 2) if workload.donate else ()
+    return Program(step, (params, state, params), (1, 2) if workload.donate else (), plan, tx.init)
 
 
 def _as_matrices(params):
@@ -309,7 +355,7 @@ def _size(shape: tuple[int, ...]) -> int:
 def _shown(row: dict[str, Any]) -> str:
     if "left out" in row:
         return f"left out: {row['left out']}"
-    hidden = {"target", "case", "name", "weights", "gathered", "cores used", "versions"}
+    hidden = {"target", "case", "name", "weights", "gathered", "cores used", "versions", "machine", "steps"}
     shown = {key: value for key, value in row.items() if key not in hidden}
     short = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in shown.items()}
     return ", ".join(f"{key} {value}" for key, value in short.items())

@@ -1,10 +1,15 @@
 """What `make accelerators` reads in a compiled program, on a program written by hand."""
 
+import dataclasses
 import json
 
+import accelerators_here
+import jax
 import pytest
-from accelerators import RESULTS, TEXTS, filled, summary, table
+from accelerators import FGSGD, RESULTS, SGD, TEXTS, Workload, filled, summary, table
 from accelerators_hlo import cost, size
+
+import fgsgd_jax as fg
 
 PROGRAM = """HloModule step
 
@@ -90,3 +95,20 @@ def test_tables_are_those_of_the_json(path):
     assert own in text
     assert filled(text, own) == text
     assert filled(text.replace(own, "| of another version |"), own) == text
+
+
+def test_workloads_run_on_the_device_that_there_is():
+    rules = [("*", fg.PIO([fg.Sphere(), fg.Stiefel()]))]
+    own = Workload({"kernel": (3, 3, 2, 4)}, rules, donate=True)
+    update, sgd = accelerators_here._measured("cpu", jax.devices(), own, [FGSGD, SGD], None)
+    assert 0 < update["violation"] < 1e-6
+    assert min(update["steps"]) > 0
+    assert len(update["steps"]) == accelerators_here.TURNS
+    assert "violation" not in sgd
+    (left,) = accelerators_here._measured("cpu", jax.devices()[:1], dataclasses.replace(own, mesh="each"), [SGD], None)
+    assert left["left out"] == "it needs four devices, here are 1"
+    own = Workload({"kernel": (3, 3, 2, 4)}, rules, initialize=True)
+    (first,) = accelerators_here._measured("cpu", jax.devices(), own, ["initialize"], None)
+    assert first["step"] > 0
+    assert "| it needs four devices" in accelerators_here.table([{"case": "one"} | left])
+    assert accelerators_here.table([{"case": "one"} | each for each in (update, sgd)]).count("| one |") == 2

@@ -54,7 +54,7 @@ CASES = [
     (_cpu_matrices, MIX, (72, 16), FEW),
 ]
 FAST = {(0, "float32"), (0, "float64"), (3, "float32"), (6, "float32"), (7, "float32"), (12, "float32")}
-FAST |= {(15, "float32"), (18, "float32")}
+FAST |= {(15, "float64"), (18, "float32")}
 
 
 def form_name(form):
@@ -76,6 +76,8 @@ TABLE = pytest.mark.parametrize(
         )
         for number, case in enumerate(CASES)
         for dtype in h.EPS
+        # In float32 its products are of few passes on CPU too: see below.
+        if (case[0], dtype) != (_matrices.TPU, "float32")
     ],
 )
 
@@ -311,17 +313,12 @@ def one_pass(a, b):
     return jnp.matmul(*(x.astype(jnp.bfloat16) for x in (a, b)), preferred_element_type=jnp.float32)
 
 
-def three_passes(a, b):
-    high_a, high_b = (lax.reduce_precision(x, 8, 7) for x in (a, b))
-    return one_pass(high_a, high_b) + (one_pass(high_a, b - high_b) + one_pass(a - high_a, high_b))
-
-
 @pytest.mark.parametrize("start", ["random", "permutation"])
-@pytest.mark.parametrize("shape", [(128, 24), (32, 40)])
+@pytest.mark.parametrize("shape", [(96, 24), (32, 40)])
 def test_products_of_few_passes_keep_the_constraint(shape, start, monkeypatch):
     """On CPU all products are exact: here they are those of a TPU. Nothing averages out where y has one entry a row."""
     monkeypatch.setattr(_matrices, "_one_pass", one_pass)
-    monkeypatch.setattr(_matrices, "_three_passes", three_passes)
+    monkeypatch.setattr(_matrices, "_LARGE", 24)  # four squares, of the first shape
     stiefel, rng = (fg.Stiefel(),), np.random.default_rng(0)
     x = (
         rng.standard_normal((6, *shape))
@@ -336,9 +333,14 @@ def test_products_of_few_passes_keep_the_constraint(shape, start, monkeypatch):
         *(jnp.asarray(np.asarray(a, np.float64)) for a in own[:2]), None, jnp.asarray(own.radius, jnp.float64)
     )
 
-    (t,), _ = jax.jit(lambda: _matrices.TPU.tangent(stiefel, [own]))()
-    its_t, _ = jax.jit(lambda: _reference.tangent_of(stiefel)(exact))()
-    assert np.max(h.norm(np.asarray(t) - np.asarray(its_t)) / h.norm(w)) <= 1e-5
+    (t,), (square,) = jax.jit(lambda: _matrices.TPU.tangent(stiefel, [own]))()
+    its_t, its_square = jax.jit(lambda: _reference.tangent_of(stiefel)(exact))()
+    error = np.asarray(t, np.float64) - np.asarray(its_t)
+    tangent_error, _ = jax.jit(lambda: _reference.tangent_of(stiefel)(exact._replace(w=jnp.asarray(error))))()
+    assert np.max(h.norm(np.asarray(tangent_error)) / h.norm(w)) <= 2e-5
+    # The normal part of it, and its square in that of the length.
+    assert np.max(h.norm(error) / h.norm(w)) <= 2**-8
+    assert np.max(np.abs(np.asarray(square) - np.asarray(its_square)) / h.norm(w) ** 2) <= 2**-16
     step = jax.jit(lambda factor: _matrices.TPU.step(stiefel, [own], factor, False)[0][0])
     its_step = jax.jit(lambda factor: _reference.step_of(stiefel, factor, False)(exact)[0])
     for length in (1e-6, 1e-3, 0.01, 0.1, 1.0, 30.0, 1e4):
@@ -533,11 +535,23 @@ def test_products_of_few_passes_are_those_of_the_tpu_program():
     allowed = export.DisabledSafetyCheck.custom_call("LayoutConstraint")
     text = export.export(program, platforms=("tpu",), disabled_checks=[allowed])(*numbers).mlir_module()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert not any("HIGHEST" in line for line in products)
+    assert not any("HIGH" in line for line in products)
     # Of two layers.
-    assert sum("HIGH" in line for line in products) == 2 * 3
-    assert sum("bf16" in line for line in products) == 2 * 4
-    assert len(products) == 2 * (3 + 4 + 2)
+    assert sum("bf16" in line for line in products) == 2 * (3 + 3 + 4)
+    assert len(products) == 2 * (3 + 3 + 5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_squares_of_an_array_are_taken_one_by_one_unless_it_is_shared_out(shared, monkeypatch):
+    """A square that several devices have a part of would be gathered."""
+    monkeypatch.setattr(_matrices, "_LARGE", 16)
+    monkeypatch.setattr(_matrices, "is_shared", lambda: shared)
+    x = jax.ShapeDtypeStruct((1, 1, 16, 48), jnp.float32)
+    layer = Layer(x, x, None, jax.ShapeDtypeStruct((1, 1), jnp.float32))
+    program = jax.jit(lambda layer: _matrices.TPU.step((fg.Stiefel(),), [layer], jnp.float32(0.1), False))
+    text = str(program.trace(layer).jaxpr)
+    assert ("dynamic_slice" in text) != shared
+    assert text.count("dot_general") == 3 + 5
 
 
 SHARDED = """

@@ -55,7 +55,6 @@ MEASURES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "nearest, fitted": lambda key, params, plan: fg.nearest(params, plan, radii="fitted"),
     "violation": lambda key, params, plan: fg.violation(params, plan),
     "norms": lambda key, params, plan: fg.norms(params, plan),
-    "certify": lambda key, params, plan: fg.certify(params, plan),
 }
 
 

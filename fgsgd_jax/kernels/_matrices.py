@@ -6,16 +6,22 @@ and full precision does without them. The reference takes full precision for eve
 - the Gram matrix, which says how far y is from the manifold, is exact: on TPU by four passes, since it is symmetric;
 - `y (yᵀy - 1)`, which corrects y, takes one. It is as small as the deviation: an error of 2⁻⁸ of it stays below 5e-7 in
   the last turn, and what an earlier turn leaves, the next one sees in the Gram matrix;
-- `x sym(xᵀw)` takes three on TPU, with an error of 2⁻¹⁷ of its terms: that of a projected gradient;
-- `sym(xᵀw)` takes three for a gradient, whose length is measured. Before a step it takes one: its error is a symmetric
-  matrix times x, normal to the manifold, and the polar factor removes that to first order.
+- `s = sym(xᵀw)` takes one on TPU, and `x s` two, of all of x and s in bfloat16. What both round is a symmetric matrix
+  times x, 2⁻⁸ of w at most and normal to the manifold. It is no part of the tangent vector: the polar factor removes it
+  to first order, and a length sees its square. The tangent part has an error of 2⁻¹⁶ of `x s`.
+
+On TPU all passes are products of bfloat16, and those that sum over rows of several squares go by squares. XLA unrolls
+the kernel of a product in VMEM, and takes 0.1 s to compile for each thousand cycles of it: three passes in one kernel
+of 768×3072 take 3 s, and whatever XLA fuses with them gives one more.
 
 Layers are not stacked. XLA compiles a kernel once for all layers of a shape, and one layer needs less memory at a time.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -23,12 +29,15 @@ from jaxtyping import Array, Bool, Float
 from ..linalg import identity, transpose
 from ..manifolds import Manifold, Stiefel
 from . import _reference
+from ._by_platform import is_shared
 from ._layers import Layer, Results, unpacked
 
 Product = Callable[[Array, Array], Array]
 
 # Below so many multiplications a product costs little beside moving its operands, and stacked layers are faster.
 _MULTIPLICATIONS = 16**3
+# Rows of a square from which on XLA compiles the kernel of a product for half a second.
+_LARGE = 512
 # The deviation of a column of the Gram matrix from which one turn is enough.
 _ENOUGH = {jnp.dtype("float32"): 2.0**-13, jnp.dtype("float64"): 2.0**-27}
 _MOST_TURNS = 100
@@ -76,13 +85,15 @@ class _Stiefel(Stiefel):
     splits: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def _project(self, x, g):
-        return self._tangent(x, _gram(x, g, self._precise), g)
+        if self.splits and x.dtype == jnp.float32:
+            high, low = _split(x, 2)
+            products = _over_squares(lambda high, g: _gram(high, g, _one_pass), high, g.astype(jnp.bfloat16))
+            normal = lax.optimization_barrier(_symmetric(products).astype(jnp.bfloat16))
+            return g - _times(high, normal, _one_pass) - _times(low, normal, _one_pass)
+        return g - _times(x, _symmetric(_gram(x, g, self._rough)), _exact)
 
-    def _tangent(self, x: Array, products: Array, w: Array) -> Array:
-        return w - _times(x, (products + transpose(products)) / 2, self._precise)
-
-    def _precise(self, a: Array, b: Array) -> Array:
-        return _three_passes(a, b) if self.splits else _exact(a, b)
+    def _rough(self, a: Array, b: Array) -> Array:
+        return _exact(a, b)
 
     def _retract(self, x, v):
         point, converged = _polar(x + v, _gram_by_passes if self.splits else _exact_gram)
@@ -94,8 +105,8 @@ class _Stiefel(Stiefel):
 
 @dataclasses.dataclass(frozen=True)
 class _InStep(_Stiefel):
-    def _project(self, x, g):
-        return self._tangent(x, _gram(x, g, _one_pass), g)
+    def _rough(self, a: Array, b: Array) -> Array:
+        return _one_pass(a, b)
 
 
 def _polar(
@@ -134,13 +145,47 @@ def _gram_by_passes(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
     """The same by four products of bfloat16."""
     if y.dtype != jnp.float32:
         return _exact_gram(y)
-    first = lax.reduce_precision(y, 8, 7)
-    second = lax.reduce_precision(y - first, 8, 7)
-    third = y - first - second
+
+    def of(first, second, third):
+        crossed = _gram(first, second, _one_pass) + _gram(first, third, _one_pass)
+        return _gram(first, first, _one_pass) + _gram(second, second, _one_pass), crossed
+
+    squares, crossed = _over_squares(of, *_split(y, 3))
+    return squares + (crossed + transpose(crossed))
+
+
+def _split(x: Float[Array, "*b n p"], parts: int) -> list[Array]:
+    """Arrays of bfloat16 that add up to x, the largest first."""
+    found = []
+    for _ in range(parts):
+        found.append(lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16))
+        x = x - found[-1].astype(x.dtype)
     # Behind a barrier, since XLA compiles the kernels of products for long where they make their operands.
-    first, second, third = lax.optimization_barrier([part.astype(jnp.bfloat16) for part in (first, second, third)])
-    crossed = _gram(first, second, _one_pass) + _gram(first, third, _one_pass)
-    return _gram(first, first, _one_pass) + (_gram(second, second, _one_pass) + (crossed + transpose(crossed)))
+    return lax.optimization_barrier(found)
+
+
+def _over_squares(of: Callable[..., Any], *arrays: Float[Array, "*b n p"]) -> Any:
+    """The sum of `of` over the squares that large arrays consist of, in a loop; of others at once."""
+    *_, n, p = arrays[0].shape
+    along, size = (-1, n) if n < p else (-2, p)
+    count, rest = divmod(max(n, p), size)
+    # Parts of an array that is shared out may lie on other devices.
+    if size < _LARGE or count == 1 or rest or is_shared():
+        return of(*arrays)
+
+    def square(i: Array | int) -> Any:
+        return of(*(lax.dynamic_slice_in_dim(x, i * size, size, x.ndim + along) for x in arrays))
+
+    # From zero, or XLA compiles the kernels of the first square once more; it may differ between devices as arrays do.
+    zero = 0 * arrays[0][..., :1, :1]
+    start = jax.tree.map(
+        lambda part: jnp.zeros(part.shape, part.dtype) + zero.astype(part.dtype), jax.eval_shape(square, 0)
+    )
+    return lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, square(i)), start)
+
+
+def _symmetric(a: Array) -> Array:
+    return (a + transpose(a)) / 2
 
 
 def _gram(a: Array, b: Array, product: Product) -> Array:
@@ -158,10 +203,6 @@ def _is_wide(x: Array) -> bool:
 def _one_pass(a: Array, b: Array) -> Array:
     dtype = jnp.float32 if a.dtype == jnp.bfloat16 else a.dtype
     return jnp.matmul(a, b, precision=lax.Precision.DEFAULT, preferred_element_type=dtype)
-
-
-def _three_passes(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGH)
 
 
 def _exact(a: Array, b: Array) -> Array:
