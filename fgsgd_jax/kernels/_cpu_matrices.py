@@ -16,17 +16,17 @@ from ..manifolds import Manifold, Stiefel
 from . import _reference
 from ._cpu_chunks import by_chunks, fusion_barrier
 from ._cpu_lengths import total
-from ._layers import Layer, Results, joined, split, unpacked
+from ._layers import Layer, Results, by_polar, is_wide, joined, split, unpacked
 
 # In each of the arrays of a step so many numbers stay in a core's L2 cache; so few do all together.
 _NUMBERS, _FEW_NUMBERS = 2**17, 2**20
-# Up to so many multiplications layers are joined: a program grows with every one that is not, but saves its copies.
+# Up to so many multiplications layers are joined, so that a program does not grow with each; beyond, copies cost more.
 _MULTIPLICATIONS = 16**3
 
 
 def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
     """Whether this form serves `count` n×p matrices on these manifolds."""
-    return (_is_large(n, p) and any(_by_polar(manifold) for manifold in manifolds)) or _by_few(n, p, count)
+    return (_is_large(n, p) and any(by_polar(manifold) for manifold in manifolds)) or _by_few(n, p, count)
 
 
 def _is_large(n: int, p: int) -> bool:
@@ -76,11 +76,7 @@ def _size(count: int, n: int, p: int) -> int:
 
 def _own(manifolds: tuple[Manifold, ...]) -> tuple[Manifold, ...]:
     # Radii are those of the layers.
-    return tuple(_Stiefel() if _by_polar(manifold) else manifold for manifold in manifolds)
-
-
-def _by_polar(manifold: Manifold) -> bool:
-    return type(manifold) is Stiefel and manifold.retraction == "polar"
+    return tuple(_Stiefel() if by_polar(manifold) else manifold for manifold in manifolds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +84,7 @@ class _Stiefel(Stiefel):
     """The same manifold by other means."""
 
     def _project(self, x, g):
-        products = matmul(x, transpose(g)) if _is_wide(x) else gram(x, g)
+        products = matmul(x, transpose(g)) if is_wide(x) else gram(x, g)
         # Read along the columns, what is added would take three times as long.
         transposed = with_layout_constraint(transpose(products), Layout(tuple(range(products.ndim))))
         return g - _times(x, (products + transposed) / 2)
@@ -99,7 +95,7 @@ class _Stiefel(Stiefel):
 
 def _deviation(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
     """See `linalg.deviation`."""
-    if _is_wide(y):
+    if is_wide(y):
         e = matmul(y, transpose(y))
         squares = jnp.sum(jnp.square(y) - 1 / y.shape[-1], axis=-1, keepdims=True)
     else:
@@ -110,8 +106,4 @@ def _deviation(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
 
 
 def _times(x: Array, symmetric: Array) -> Array:
-    return matmul(symmetric, x) if _is_wide(x) else matmul(x, symmetric)
-
-
-def _is_wide(x: Array) -> bool:
-    return x.shape[-2] < x.shape[-1]
+    return matmul(symmetric, x) if is_wide(x) else matmul(x, symmetric)

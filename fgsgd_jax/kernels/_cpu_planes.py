@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
 from ._cpu_chunks import by_chunks, fusion_barrier, offsets
-from ._layers import Layer, Results
+from ._layers import Layer, Results, by_polar
 
 # Up to so many multiplications a product costs little beside moving its operands: 9×9 matrices.
 _MULTIPLICATIONS = 768
@@ -43,9 +43,7 @@ def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
 
 
 def _serves(manifold: Manifold) -> bool:
-    return type(manifold) in (Euclidean, Sphere, Oblique) or (
-        type(manifold) is Stiefel and manifold.retraction == "polar"
-    )
+    return type(manifold) in (Euclidean, Sphere, Oblique) or by_polar(manifold)
 
 
 def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:

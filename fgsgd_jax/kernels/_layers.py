@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ..manifolds import Manifold, Stiefel
+
 
 class Layer(NamedTuple):
     """The matrices of one layer, in one dtype of at least 32 bits.
@@ -26,6 +28,16 @@ class Layer(NamedTuple):
 
 # Of every layer an array like its `w`, and a figure for each of its matrices.
 Results = tuple[list[Float[Array, "*b n p"]], list[Float[Array, "*b"]]]
+
+
+def by_polar(manifold: Manifold) -> bool:
+    """Whether this is the Stiefel manifold itself, no subclass, with the polar retraction."""
+    return type(manifold) is Stiefel and manifold.retraction == "polar"
+
+
+def is_wide(x: Array) -> bool:
+    """Whether matrices have more columns than rows."""
+    return x.shape[-2] < x.shape[-1]
 
 
 def unpacked(pairs: Sequence[tuple[Array, Array]]) -> Results:

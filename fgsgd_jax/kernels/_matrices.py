@@ -30,7 +30,7 @@ from ..linalg import identity, transpose
 from ..manifolds import Manifold, Stiefel
 from . import _reference
 from ._by_platform import is_shared
-from ._layers import Layer, Results, unpacked
+from ._layers import Layer, Results, by_polar, is_wide, unpacked
 
 Product = Callable[[Array, Array], Array]
 
@@ -52,7 +52,7 @@ class Matrices:
     def serves(self, manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
         """Whether this form serves `count` n×p matrices on these manifolds."""
         del count
-        return n * p * min(n, p) > _MULTIPLICATIONS and any(_by_polar(manifold) for manifold in manifolds)
+        return n * p * min(n, p) > _MULTIPLICATIONS and any(by_polar(manifold) for manifold in manifolds)
 
     def tangent(self, manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
         """See `_reference.tangent`."""
@@ -68,14 +68,10 @@ class Matrices:
 
     def _by(self, cls: type["_Stiefel"], manifolds: tuple[Manifold, ...]) -> tuple[Manifold, ...]:
         # Radii are those of the layers.
-        return tuple(cls(splits=self.splits) if _by_polar(manifold) else manifold for manifold in manifolds)
+        return tuple(cls(splits=self.splits) if by_polar(manifold) else manifold for manifold in manifolds)
 
 
 TPU, GPU = Matrices(splits=True), Matrices(splits=False)
-
-
-def _by_polar(manifold: Manifold) -> bool:
-    return type(manifold) is Stiefel and manifold.retraction == "polar"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +94,7 @@ class _Stiefel(Stiefel):
     def _retract(self, x, v):
         point, converged = _polar(x + v, _gram_by_passes if self.splits else _exact_gram)
         # One column tells a point from zeros; to measure them all would read x once more.
-        column = x[..., :1, :] if _is_wide(x) else x[..., :1]
+        column = x[..., :1, :] if is_wide(x) else x[..., :1]
         length = jnp.sum(jnp.square(column), axis=(-2, -1), keepdims=True)
         return jnp.where(converged, point, jnp.where(jnp.abs(length - 1) < 0.1, x, identity(x)))
 
@@ -113,7 +109,7 @@ def _polar(
     y: Float[Array, "*b n p"], exact_gram: Callable[[Array], Array]
 ) -> tuple[Float[Array, "*b n p"], Bool[Array, "*b 1 1"]]:
     """Polar factors by the iteration of `linalg.orthonormalize`, and which converged."""
-    enough, along = _ENOUGH[y.dtype], -1 if _is_wide(y) else -2
+    enough, along = _ENOUGH[y.dtype], -1 if is_wide(y) else -2
 
     def unfinished(carry):
         _, bound, turns = carry
@@ -189,15 +185,11 @@ def _symmetric(a: Array) -> Array:
 
 
 def _gram(a: Array, b: Array, product: Product) -> Array:
-    return product(a, transpose(b)) if _is_wide(a) else product(transpose(a), b)
+    return product(a, transpose(b)) if is_wide(a) else product(transpose(a), b)
 
 
 def _times(x: Array, symmetric: Array, product: Product) -> Array:
-    return product(symmetric, x) if _is_wide(x) else product(x, symmetric)
-
-
-def _is_wide(x: Array) -> bool:
-    return x.shape[-2] < x.shape[-1]
+    return product(symmetric, x) if is_wide(x) else product(x, symmetric)
 
 
 def _one_pass(a: Array, b: Array) -> Array:
