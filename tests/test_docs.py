@@ -149,6 +149,16 @@ def test_the_site_puts_pictures_and_mathematics_into_the_page():
     assert not re.search("<img|metadata|arithmatex", page)
 
 
+def test_long_names_in_tables_break_behind_punctuation_alone():
+    cells = (
+        '<td style="text-align: right;">−0.92</td><td><code>conv/kernel</code>, fg.spel, <a href="a/long/b">x</a></td>'
+    )
+    page = program("site").on_page_content(f"<p>conv/kernel</p><table><tr>{cells}</tr></table>")
+    assert page.count("<wbr>") == 1
+    assert page.replace("<wbr>", "") == f"<p>conv/kernel</p><table><tr>{cells}</tr></table>"
+    assert "<code>conv/<wbr>kernel</code>" in page
+
+
 RUNNABLE = [name for name in NAMED if "```python\n" in (ROOT / name).read_text()]
 
 
