@@ -157,6 +157,7 @@ def test_long_names_in_tables_break_behind_punctuation_alone():
     assert page.count("<wbr>") == 1
     assert page.replace("<wbr>", "") == f"<p>conv/kernel</p><table><tr>{cells}</tr></table>"
     assert "<code>conv/<wbr>kernel</code>" in page
+    assert "−0.92 ±&nbsp;0.1" in page
 
 
 RUNNABLE = [name for name in NAMED if "```python\n" in (ROOT / name).read_text()]
