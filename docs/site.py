@@ -52,7 +52,7 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _breakable(cell: str) -> str:
-    """Let long names in a table break behind their punctuation, where the style sheet says so, and ± not behind itself."""
+    """Let long names in a table break behind their punctuation, and keep ± with what follows."""
     cell = cell.replace(" ± ", " ±&nbsp;")
     return re.sub(r"(<[^>]*>)|(?<=\w{3})([:/._=~+(,]+)(?=[^\W\d])", lambda part: part[1] or part[2] + "<wbr>", cell)
 
