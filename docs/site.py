@@ -52,7 +52,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _breakable(cell: str) -> str:
-    """Let long names in a table break behind their punctuation; the style sheet says on which screens."""
+    """Let long names in a table break behind their punctuation, and keep ± with what follows."""
+    cell = cell.replace(" ± ", " ±&nbsp;")
     return re.sub(r"(<[^>]*>)|(?<=\w{3})([:/._=~+(,]+)(?=[^\W\d])", lambda part: part[1] or part[2] + "<wbr>", cell)
 
 
