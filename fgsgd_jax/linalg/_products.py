@@ -4,25 +4,40 @@ JAX multiplies float32 in TF32 on recent GPUs and in bfloat16 on TPUs unless tol
 constraint in one step. Every product of the package that a constraint depends on is one of these.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 # Multiplications of a product that accelerators do better as sums: all those of 3×3, 9×3 and 5×5 matrices.
 _SMALL = 128
+# Those from which on XLA takes seconds to compile a product for TPU.
+_LARGE = 256**3
 
 
-def matmul(a: Float[Array, "*batch n k"], b: Float[Array, "*batch k p"]) -> Float[Array, "*batch n p"]:
-    """`a @ b` at the precision of its dtype on every backend."""
+def matmul(
+    a: Float[Array, "*batch n k"], b: Float[Array, "*batch k p"], coarse: bool = False
+) -> Float[Array, "*batch n p"]:
+    """`a @ b` at the precision of its dtype on every backend; `coarse` leaves that to JAX's default."""
     (n, k), p = a.shape[-2:], b.shape[-1]
+    product = functools.partial(jnp.matmul, precision=None if coarse else lax.Precision.HIGHEST)
+    if n * k * p >= _LARGE and not coarse:
+        return lax.platform_dependent(a, b, tpu=functools.partial(_alone, product), default=product)
     if n * k * p > _SMALL or not a.ndim == b.ndim > 2:
-        return _product(a, b)
+        return product(a, b)
     # Matrix units take each of them as a matrix of 128×128: a hundred times the memory, and long to compile.
-    return lax.platform_dependent(a, b, cpu=_product, default=_sum)
+    return lax.platform_dependent(a, b, cpu=product, default=_sum)
 
 
-def _product(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+def _alone(product: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
+    """A product with which XLA fuses nothing: its six passes are unrolled, and with more in one kernel it takes longer.
+
+    768×768 by 768×768: half of the time to compile, and as products of one shape are one kernel then, a third for tall
+    ones; 13 to 20 % more cycles.
+    """
+    return lax.optimization_barrier(product(*lax.optimization_barrier((a, b))))
 
 
 def _sum(a: Array, b: Array) -> Array:
@@ -34,9 +49,11 @@ def transpose(a: Float[Array, "*batch n p"]) -> Float[Array, "*batch p n"]:
     return jnp.swapaxes(a, -2, -1)
 
 
-def gram(a: Float[Array, "*batch n p"], b: Float[Array, "*batch n q"]) -> Float[Array, "*batch p q"]:
-    """`aᵀb` at the precision of its dtype on every backend."""
-    return matmul(transpose(a), b)
+def gram(
+    a: Float[Array, "*batch n p"], b: Float[Array, "*batch n q"], coarse: bool = False
+) -> Float[Array, "*batch p q"]:
+    """`aᵀb`, as `matmul`."""
+    return matmul(transpose(a), b, coarse)
 
 
 def symmetric(a: Float[Array, "*batch p p"]) -> Float[Array, "*batch p p"]:

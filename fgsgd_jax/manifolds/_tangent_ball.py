@@ -65,9 +65,11 @@ def _into_ball(y: Array) -> Array:
     return (y + sign - matmul(y - sign, msign(length - identity(length)))) / 2
 
 
-def tangent(x: Float[Array, "*batch n p"], w: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
-    """The part of `w` in the tangent space at `x`."""
-    return w - matmul(x, symmetric(gram(x, w)))
+def tangent(
+    x: Float[Array, "*batch n p"], w: Float[Array, "*batch n p"], coarse: bool = False
+) -> Float[Array, "*batch n p"]:
+    """The part of `w` in the tangent space at `x`; `coarse` as in `matmul`."""
+    return w - matmul(x, symmetric(gram(x, w, coarse)), coarse)
 
 
 def _inner(a: Array, b: Array) -> Array:

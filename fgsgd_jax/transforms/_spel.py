@@ -51,7 +51,7 @@ def spel(
       plan: the plan of the parameters, or its rules.
       momentum: μ.
       nesterov: whether to look ahead, as in `optax.trace`.
-      coarse: products of directions in bfloat16; see `steepest`.
+      coarse: directions by coarser products, as Muon's are on TPU and GPU; see `steepest`.
       free: the optimizer of the leaves without a collection, with its own learning rate; None for
         `optax.adam(learning_rate)`.
       weight_decay: refused: on a manifold of fixed norm it is normal to the manifold and does nothing. Give it to
