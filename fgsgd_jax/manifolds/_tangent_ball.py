@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from ..linalg import gram, identity, largest, matmul, msign, norm, symmetric
 
-# Of the maximum: what the vector found may lack of it.
+# What the result may lack of the maximum, as a share of it.
 _TOLERANCE = 1e-4
 _MOST_TURNS = 300
 # Over-relaxation as Boyd et al. (2011), section 3.4.3, advise.
@@ -16,11 +16,11 @@ _RELAXATION = 1.6
 def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
     """The tangent vector `a` at `x` (n ≥ p) with `‖a‖₂ ≤ 1` for which `<t, a>` is largest, within 1e-4 of it.
 
-    Its Lagrangian says `a = msign(t + 2xΛ)`, with Λ symmetric, moved along `xᵀa + aᵀx` until that vanishes. But where
-    `t + 2xΛ` loses rank at the solution, which for n < 2p is the rule, no Λ gives a tangent `a`, and the ascent goes to
-    and fro. So it is done on the augmented Lagrangian (alternating directions): `a` in the tangent space, `b` in the
-    ball, and the multiplier `u` of `a = b`, whose part normal to the manifold is xΛ. What is returned is `b` projected
-    and shortened into the ball. A bound of the maximum by `u` says when to stop.
+    By its Lagrangian `a = msign(t + 2xΛ)`, with a symmetric Λ that ascends along `xᵀa + aᵀx` until that vanishes. But
+    where `t + 2xΛ` loses rank at the solution, which for n < 2p is the rule, no Λ gives a tangent `a`, and the ascent
+    oscillates. So it is done on the augmented Lagrangian (alternating directions): `a` in the tangent space, `b` in the
+    ball, and the multiplier `u` of `a = b`, whose part normal to the manifold is xΛ. The result is `b`, projected and
+    shortened into the ball. An upper bound of the maximum, found from `u`, says when to stop.
 
     References:
       Bernstein, Modular Manifolds, 2025 (the problem and its dual).
