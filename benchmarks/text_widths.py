@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from widths import optima_table, optimum
+from widths import optima_table, optimum, rows_of
 
 from fgsgd_jax.experiments import TextConfig, Trainer
 from fgsgd_jax.experiments._rows import row_config
@@ -51,8 +51,9 @@ def main():
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows = json.loads(options.results.read_text())["rows"] if options.results.exists() else []
     data = BASE.load()
+    header = {"versions": versions(), "base": BASE.to_dict(), "data": data.fingerprint()}
+    rows = rows_of(options.results, header)
     for width in options.widths:
         for name in options.only:
             start = time.perf_counter()
@@ -64,7 +65,6 @@ def main():
             print(
                 f"{name}, width {width}: optimum {row['optimum']:.4g}, losses {found}, {row['seconds']} s", flush=True
             )
-            header = {"versions": versions(), "base": BASE.to_dict()}
             options.results.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
 
 

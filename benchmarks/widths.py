@@ -102,6 +102,16 @@ def optima_table(rows, names, widths, key):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def rows_of(path, header):
+    """The rows in `path`, if they were measured as a new one will be: a table has rows of one kind."""
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text())
+    if other := [name for name, value in header.items() if kept.get(name) != value]:
+        raise SystemExit(f"{path} has rows of other {' and '.join(other)}; give another --results")
+    return kept["rows"]
+
+
 def table(rows):
     """The optima, a line for each optimizer, as docs/directions.md shows them."""
     return optima_table(rows, OPTIMIZERS, WIDTHS, "optimizer")
@@ -113,7 +123,8 @@ def main():
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows = json.loads(options.results.read_text())["rows"] if options.results.exists() else []
+    header = {"steps": STEPS, "batch": BATCH}
+    rows = rows_of(options.results, header)
     for name in options.only:
         lowest = OPTIMIZERS[name][2]
         rates = [2.0**power for power in range(lowest, lowest + POINTS)]
@@ -128,7 +139,7 @@ def main():
                 f"{name}, width {width}: optimum {row['optimum']:.4g}, losses {row['losses']}, {row['seconds']} s",
                 flush=True,
             )
-            options.results.write_text(json.dumps({"steps": STEPS, "batch": BATCH, "rows": rows}, indent=1) + "\n")
+            options.results.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

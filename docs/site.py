@@ -47,7 +47,14 @@ def on_page_content(content: str, **_: Any) -> str:
         content,
         flags=re.DOTALL,
     )
+    content = re.sub(r"<t([dh])\b[^>]*>.*?</t\1>", lambda cell: _breakable(cell[0]), content, flags=re.DOTALL)
     return re.sub(r'<img alt="([^"]*)" src="(?:\.\./)*images/(\w+)\.svg" />', _inline, content)
+
+
+def _breakable(cell: str) -> str:
+    """Let long names in a table break behind their punctuation, and keep ± with what follows."""
+    cell = cell.replace(" ± ", " ±&nbsp;")
+    return re.sub(r"(<[^>]*>)|(?<=\w{3})([:/._=~+(,]+)(?=[^\W\d])", lambda part: part[1] or part[2] + "<wbr>", cell)
 
 
 def _mathml(tex: str, **options: Any) -> str:

@@ -534,6 +534,18 @@ def test_the_page_shows_the_optimal_rates_over_widths():
         assert max(found) <= 1.5 * min(found)
 
 
+def test_rows_over_widths_stand_beside_their_like_alone(tmp_path):
+    """Python's standard library is other text in another Python, under the same name."""
+    rows_of = pytest.importorskip("widths").rows_of
+    path, header = tmp_path / "rows.json", {"steps": 60, "data": {"train": "a1"}}
+    assert rows_of(path, header) == []
+    path.write_text(json.dumps(header | {"rows": [1]}))
+    assert rows_of(path, header) == [1]
+    for changed in (header | {"data": {"train": "b2"}}, header | {"batch": 2}):
+        with pytest.raises(SystemExit, match=r"has rows of other (data|batch); give another --results"):
+            rows_of(path, changed)
+
+
 def test_the_page_shows_the_optimal_rates_over_widths_on_text():
     widths = pytest.importorskip("text_widths")
     rows = json.loads(widths.RESULTS.read_text())["rows"]

@@ -149,6 +149,14 @@ def test_the_site_puts_pictures_and_mathematics_into_the_page():
     assert not re.search("<img|metadata|arithmatex", page)
 
 
+def test_long_names_in_tables_break_behind_punctuation_alone():
+    content = '<p>conv/kernel</p><td>−0.92 ± 0.1</td><td><code>conv/kernel</code>, fg.spel, <a href="long/b">x</a></td>'
+    page = program("site").on_page_content(content)
+    assert page.replace("<code>conv/<wbr>kernel", "<code>conv/kernel").replace("±&nbsp;", "± ") == content
+    assert "<wbr>" in page
+    assert "−0.92 ±&nbsp;0.1" in page
+
+
 RUNNABLE = [name for name in NAMED if "```python\n" in (ROOT / name).read_text()]
 
 

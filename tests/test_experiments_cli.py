@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -118,6 +119,21 @@ def test_help_is_of_its_command_alone(capsys):
     assert {"--rows", "--lrs", "--seeds", "--held-out", "--data", "--epochs"} <= compare
     # Options that a row, a rate of the grid or a number of seeds stands for here.
     assert not {"--scheme", "--lr", "--seed", "--validation", "--resume"} & compare
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "train --task text", "compare --task text"])
+def test_help_breaks_lines_only_where_they_are_full(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = options_in_help(capsys, *command.split()).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "pyright" not in "".join(lines)
+    for line, following in itertools.pairwise(line.strip("│").rstrip() for line in lines):
+        column = len(following) - len(following.lstrip())
+        # A line of help below another: not below an option's name.
+        if column > 4 and line[column - 2 : column] == "  " and line[column:].strip():
+            # The box and its margins take four columns, two of them on the right.
+            assert len(line) + 1 + len(following.split()[0]) > columns - 3, (line, following)
 
 
 def test_one_vocabulary_for_schemes(tmp_path):

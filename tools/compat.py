@@ -339,8 +339,8 @@ HEAD = """# What runs on manifolds
 
 `make compat` writes this page from `benchmarks/results/compat.json`, and the tests compare the two.
 
-- *yes*: after 50 steps, float32 weights are within 1e-6 of their manifolds. The model sees them as they are, and in a
-  second run rounded to bfloat16.
+- *yes*: after 50 steps, float32 weights are within 1e-6 of their manifolds. The loss is computed from these weights,
+  and in a second run from the same weights rounded to bfloat16.
 - *refused*: an error names the remedy. Where the error depends on the weights, it is raised by steps outside jit, for
   weights off by more than 1e-5; inside jit, `fg.violation` shows them.
 - *around* is `wrapper(fg.on_manifolds(optimizer, plan))`, *inside* is `fg.on_manifolds(wrapper(optimizer), plan)`.

@@ -77,7 +77,7 @@ def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Laye
     leaves, result = checked_leaves(params, plan), {}
     for stack in layer_stacks(leaves, plan):
         bucket = stack.bucket
-        stacked = bucket.matrices(leaves)
+        stacked = bucket.matrices(bucket.own(leaves))
         tables = _of_bucket(
             stacked,
             _radii(stack, radii, stacked.dtype),

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 USAGE_ERROR = 2
 LOST_PROCESS = 3
@@ -45,7 +45,7 @@ def _dispatch(arguments: list[str]) -> None:
             tyro.extras.subcommand_cli_from_dict(
                 {name: _described(command) for name, command in COMMANDS.items()},
                 prog="fgsgd",
-                description="Train networks whose weights stay on their manifolds. Options: `fgsgd COMMAND --help`.",
+                description="Train networks whose weights stay on manifolds. Options: `fgsgd COMMAND --help`.",
                 args=arguments,
             )
             return
@@ -56,9 +56,11 @@ def _dispatch(arguments: list[str]) -> None:
         for given in options:
             if (word := given.partition("=")[0].replace("_", "-")) in kind.instead:
                 raise UsageError(f"{word} is no option of `fgsgd {name}`: give {kind.instead[word]}")
-        command = tyro.cli(kind, prog=f"fgsgd {name}", args=options)
+        # Comments are not for users.
+        how: dict[str, Any] = {"prog": f"fgsgd {name}", "args": options, "config": [tyro.conf.HelptextFromCommentsOff]}
+        command = tyro.cli(kind, **how)
         if (defaults := command.defaults()) is not None:
-            command = tyro.cli(kind, prog=f"fgsgd {name}", default=defaults, args=options)
+            command = tyro.cli(kind, default=defaults, **how)
         command.run(Console())
     except UsageError as error:
         _say(str(error))

@@ -104,9 +104,10 @@ def _draw_generalization(axes: Axes, measures: Measures) -> None:
     if reason := no_bound(measures):
         axes.set_xlabel(reason)
     axes.axhline(0, color="gray", linewidth=1)
-    axes.margins(y=0.15)
+    # The legend stands above the bars.
+    axes.margins(y=0.3)
     axes.set_xticks(places, PAPERS.values())
     axes.set(
         title=f"Generalization bounds; measured gap {measures.gap:.2f} %", ylabel="log₁₀; above 0 they say nothing"
     )
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", ncols=len(forms))

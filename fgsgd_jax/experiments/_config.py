@@ -19,6 +19,7 @@ import tyro
 from ._augment import Augmentation, resolve
 from ._data import ImageSet, load
 from ._errors import UsageError
+from ._options import options
 from ._schedules import ScheduleName
 from ._schemes import Pooling, Retraction, full_name
 
@@ -136,7 +137,7 @@ class Config(ABC):
             raise UsageError(f"{option(name)} {getattr(self, name)}: give a whole number from 0 to 2³²−1")
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class TrainConfig(Config):
     """Everything that a training's result depends on. Two runs of one config give the same weights."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
-from ..manifolds import Manifold, compute_dtype
+from ..manifolds import Euclidean, Manifold, compute_dtype
 from ._collection import Collection
 from ._plan import Plan
 from ._views import View
@@ -42,6 +42,11 @@ class Bucket:
         """Of one parameter: layers, inputs, outputs."""
         return (*self.layers, *self.view.grid[:2])
 
+    @property
+    def is_euclidean(self) -> bool:
+        """Whether all matrices are Euclidean."""
+        return all(isinstance(kind, Euclidean) for kind in self.kinds)
+
     def layer_names(self, path: str) -> list[str]:
         """The names by which the layers of a parameter are drawn: its path, and the place in a stack."""
         return ["/".join((path, *map(str, index))) for index in np.ndindex(*self.layers)]
@@ -71,17 +76,27 @@ class Bucket:
         """Values of all layers, by parameter."""
         return values.reshape(len(self.paths), -1)
 
-    def matrices(self, leaves: dict[str, Array]) -> Float[Array, "paths *layers inputs outputs rows cols"]:
-        """The matrices of all parameters, in the widest dtype of constraint arithmetic among the leaves."""
-        dtype = widest(compute_dtype(leaves[path].dtype) for path in self.paths)
-        return self.view.split(jnp.stack([leaves[path].astype(dtype) for path in self.paths]))
+    def own(self, leaves: Mapping[str, Array]) -> tuple[Array, ...]:
+        """The tensors of the bucket's parameters."""
+        return tuple(leaves[path] for path in self.paths)
+
+    def as_one(self, tensors: Sequence[Array]) -> bool:
+        """Whether these are one tensor [paths, *shape] of all parameters, not one of each."""
+        return len(tensors) < len(self.paths)
+
+    def matrices(self, tensors: Sequence[Array]) -> Float[Array, "paths *layers inputs outputs rows cols"]:
+        """The matrices of all parameters, in the widest dtype of constraint arithmetic among the tensors."""
+        dtype = widest(compute_dtype(tensor.dtype) for tensor in tensors)
+        tensors = [tensor.astype(dtype) for tensor in tensors]
+        return self.view.split(tensors[0] if self.as_one(tensors) else jnp.stack(tensors))
 
     def tensors(
-        self, matrices: Float[Array, "paths *layers inputs outputs rows cols"], like: dict[str, Array]
-    ) -> dict[str, Array]:
-        """Undoes `matrices`: tensors by path in the dtypes of `like`."""
-        parts = zip(self.paths, self.view.merge(matrices), strict=True)
-        return {path: part.astype(like[path].dtype) for path, part in parts}
+        self, matrices: Float[Array, "paths *layers inputs outputs rows cols"], like: Sequence[Array]
+    ) -> tuple[Array, ...]:
+        """Undoes `matrices`: tensors in the dtypes of `like`, each parameter's own or one of all as these are."""
+        merged = self.view.merge(matrices)
+        parts = [merged] if self.as_one(like) else merged
+        return tuple(part.astype(tensor.dtype) for part, tensor in zip(parts, like, strict=True))
 
 
 def buckets(plan: Plan) -> tuple[Bucket, ...]:

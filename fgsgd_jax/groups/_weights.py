@@ -63,9 +63,15 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan | Rules) -> Any:
         names = [part.bucket.layer_names(path) for path in part.paths]
         hashes = np.array([[zlib.crc32(name.encode()) for name in own] for own in names]).astype(np.uint32)
         drawn = automatic(
-            functools.partial(_uniform, part.bucket), key, hashes, part.kind, part.gamma, part.leaves, like=part.leaves
+            functools.partial(_uniform, part.bucket),
+            key,
+            hashes,
+            part.kind,
+            part.gamma,
+            part.tensors,
+            like=part.tensors,
         )
-        found |= part.by_path(drawn)
+        found |= dict(zip(part.paths, drawn, strict=True))
     return _placed(found, leaves, params)
 
 
@@ -104,9 +110,9 @@ def nearest(params: Any, plan: Plan | Rules, radii: Radii | Literal["fitted"] | 
         check_scales(plan, leaves)
     for part in _parts(plan, leaves):
         radius = _radii(radii, part)
-        found |= part.by_path(
-            automatic(functools.partial(_nearest, part.bucket), part.kind, radius, part.leaves, like=part.leaves)
-        )
+        near = functools.partial(_nearest, part.bucket)
+        reached = automatic(near, part.kind, radius, part.tensors, like=part.tensors)
+        found |= dict(zip(part.paths, reached, strict=True))
     return _placed(found, leaves, params)
 
 
@@ -141,10 +147,10 @@ def violation(
     plan = as_plan(plan, params)
     leaves, result = checked_leaves(params, plan), {}
     for part in _parts(plan, leaves):
-        if all(isinstance(manifold, Euclidean) for manifold in part.bucket.kinds):
+        if part.bucket.is_euclidean:
             continue
         radius, like = _radii(radii, part), jnp.zeros(len(part.paths))
-        found = automatic(functools.partial(_violation, part.bucket), part.kind, radius, part.leaves, like=like)
+        found = automatic(functools.partial(_violation, part.bucket), part.kind, radius, part.tensors, like=like)
         result |= dict(zip(part.paths, found, strict=True))
     return {path: result[path] for path in plan.collections if path in result}
 
@@ -176,7 +182,7 @@ def check_scales(plan: Plan, leaves: dict[str, Any]) -> None:
     with jax.ensure_compile_time_eval():
         for part in _parts(plan, leaves):
             zero = functools.partial(_without_scale, part.bucket)
-            found = np.asarray(automatic(zero, part.kind, part.leaves, like=jnp.zeros(len(part.paths), bool)))
+            found = np.asarray(automatic(zero, part.kind, part.tensors, like=jnp.zeros(len(part.paths), bool)))
             for path in itertools.compress(part.paths, found):
                 place = _first_without_scale(plan.collections[path], leaves[path])
                 raise ValueError(
@@ -203,11 +209,7 @@ class _Part(NamedTuple):
     paths: tuple[str, ...]
     kind: Array | None
     gamma: Array
-    leaves: dict[str, Array]
-
-    def by_path(self, numbered: dict[str, Array]) -> dict[str, Array]:
-        """The tensors that the programs made."""
-        return {path: numbered[number] for number, path in zip(self.bucket.paths, self.paths, strict=True)}
+    tensors: tuple[Array, ...]
 
 
 # Parameters per program: the time to compile it grows with them.
@@ -225,10 +227,8 @@ def _parts(plan: Plan, leaves: dict[str, Array]) -> Iterator[_Part]:
         starts = range(0, len(paths), size)
         layout += [dataclasses.replace(bucket, paths=paths[start : start + size]) for start in starts]
     for bucket, kind, gamma in zip(layout, kinds_of(plan, layout), gammas(plan, leaves, layout), strict=True):
-        numbers = tuple(map(str, range(len(bucket.paths))))
-        own = {number: leaves[path] for number, path in zip(numbers, bucket.paths, strict=True)}
-        numbered = dataclasses.replace(bucket, paths=numbers)
-        yield _Part(numbered, bucket.paths, kind if len(bucket.kinds) > 1 else None, gamma, own)
+        numbered = dataclasses.replace(bucket, paths=tuple(map(str, range(len(bucket.paths)))))
+        yield _Part(numbered, bucket.paths, kind if len(bucket.kinds) > 1 else None, gamma, bucket.own(leaves))
 
 
 def _placed(found: dict[str, Array], before: dict[str, Array], like: Any) -> Any:
@@ -265,8 +265,8 @@ def _radii(radii: Radii | str | None, part: _Part) -> Array | None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _uniform(bucket: Bucket, key, hashes, kind, radius, leaves):
-    x = bucket.matrices(leaves)
+def _uniform(bucket: Bucket, key, hashes, kind, radius, tensors):
+    x = bucket.matrices(tensors)
     # A layer of a stack is drawn as it would be alone.
     shape = bucket.shape[len(bucket.layers) :]
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes.ravel()).reshape(len(x), -1)
@@ -280,20 +280,20 @@ def _uniform(bucket: Bucket, key, hashes, kind, radius, leaves):
 
     # One parameter at a time, so that the memory is that of one.
     is_free = any(isinstance(manifold, Euclidean) for manifold in bucket.kinds)
-    return bucket.tensors(lax.map(drawn, (keys, kind, radius.astype(x.dtype), x if is_free else None)), leaves)
+    return bucket.tensors(lax.map(drawn, (keys, kind, radius.astype(x.dtype), x if is_free else None)), tensors)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nearest(bucket: Bucket, kind, radius, leaves):
-    x = bucket.matrices(leaves)
+def _nearest(bucket: Bucket, kind, radius, tensors):
+    x = bucket.matrices(tensors)
     if radius is not None:
-        return bucket.tensors(Mixture(bucket.kinds, kind, radius.astype(x.dtype)).nearest(x), leaves)
+        return bucket.tensors(Mixture(bucket.kinds, kind, radius.astype(x.dtype)).nearest(x), tensors)
     # The nearest point of radius 1 has the same direction at every radius; the best radius is <x, y> / <y, y>.
     y = Mixture(bucket.kinds, kind).nearest(x)
     unit = Mixture(bucket.kinds, kind).radius_of(y)
     length = jnp.sum(x * y, axis=(-2, -1)) / jnp.maximum(squared_norm(y), jnp.finfo(x.dtype).tiny)
     free = Mixture(bucket.kinds, kind).constrained(jnp.ones_like(unit)) == 0
-    return bucket.tensors(jnp.where(free[..., None, None], x, length[..., None, None] * y), leaves)
+    return bucket.tensors(jnp.where(free[..., None, None], x, length[..., None, None] * y), tensors)
 
 
 def is_scale(length: Any, dtype: Any) -> Any:
@@ -308,16 +308,16 @@ def with_radius(radius: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _without_scale(bucket: Bucket, kind, leaves):
-    x = bucket.matrices(leaves)
+def _without_scale(bucket: Bucket, kind, tensors):
+    x = bucket.matrices(tensors)
     length = norm(x, (-2, -1))
     on = Mixture(bucket.kinds, kind).constrained(jnp.ones_like(length)) > 0
     return jnp.any(bucket.by_path(on & ~is_scale(length, x.dtype)), axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _violation(bucket: Bucket, kind, radius, leaves):
-    x = bucket.matrices(leaves)
+def _violation(bucket: Bucket, kind, radius, tensors):
+    x = bucket.matrices(tensors)
     mixture = Mixture(bucket.kinds, kind)
     mixture = mixture.at(mixture.radius_of(x) if radius is None else radius.astype(x.dtype))
     return largest(bucket.by_path(mixture.violation(x)), 1)

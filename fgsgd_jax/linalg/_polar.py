@@ -53,13 +53,10 @@ def or_fallback(
     point: Float[Array, "*batch n p"], converged: Bool[Array, "*batch 1 1"], fallback: Float[Array, "*batch n p"]
 ) -> Float[Array, "*batch n p"]:
     """What converged; elsewhere the fallback, or the identity where it has not the length of a point."""
-
-    def with_fallback() -> Array:
-        length = jnp.sum(jnp.square(fallback), axis=(-2, -1), keepdims=True) / min(fallback.shape[-2:])
-        is_point = jnp.abs(length - 1) < 0.1
-        return jnp.where(converged, point, jnp.where(is_point, fallback, identity(fallback)))
-
-    return lax.cond(jnp.all(converged), lambda: point, with_fallback)
+    # Without a branch, whose result XLA on CPU would copy.
+    length = jnp.sum(jnp.square(fallback), axis=(-2, -1), keepdims=True) / min(fallback.shape[-2:])
+    is_point = jnp.abs(length - 1) < 0.1
+    return jnp.where(converged, point, jnp.where(is_point, fallback, identity(fallback)))
 
 
 class Products(NamedTuple):
@@ -97,8 +94,7 @@ def polar_iteration(
         root, small = _root(e, third_order=max(y.shape[-2:]) >= _TALLER * e.shape[-1])
         # Entries of small² are at most the square of the longest column.
         bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(small), axis=-2, keepdims=True), axis=-1, keepdims=True))
-        y = jnp.sqrt(shrink) * y
-        return y + products.times(y, root), bound, turns + 1
+        return jnp.sqrt(shrink) * (y + products.times(y, root)), bound, turns + 1
 
     start = jnp.full((*y.shape[:-2], 1, 1), jnp.inf, y.dtype) + 0 * y[..., :1, :1]
     y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))

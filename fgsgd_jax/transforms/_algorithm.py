@@ -1,32 +1,36 @@
 """Algorithm 1 of the paper, line by line, on the constrained weights of a plan.
 
-Points and directions are tensors by path, in the shapes of the parameters; those of a bucket of many small parameters
-may be packed as one tensor, see `packed`. What belongs to a matrix is a stack for each bucket of parameters of one
-shape, [paths, *layers, inputs, outputs]. Figures of parameters follow the buckets.
+Points and directions are tensors in the shapes of the parameters, by bucket: see `to_buckets`. What belongs to a matrix
+is a stack for each bucket, [paths, *layers, inputs, outputs]. Figures of parameters follow the buckets.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from .. import kernels
-from ..groups import Bucket, Plan, Stacks, buckets, widest, with_radius
+from ..groups import Bucket, Plan, Stacks, automatic, buckets, widest, with_radius
 from ..linalg import largest, squared_norm
 from ..manifolds import Mixture, Steepest, compute_dtype
 from ._states import ByPath, Refused
 from ._zeta import Scalar, of_groups, reciprocal_zeta
 
+# Of each bucket the tensors of its parameters, or one tensor [paths, *shape] of them all.
+Tensors = tuple[tuple[Array, ...], ...]
+
 
 class Projected(NamedTuple):
-    """Line 5: the tangent vectors by path, the squared norm of every matrix, and which parameters are refused.
+    """Line 5: the tangent vectors, the squared norm of every matrix, and which parameters are refused.
 
     The squared norms of a refused parameter are NaN.
     """
 
-    tangents: ByPath
+    tangents: Tensors
     squares: Stacks
     refused: Bool[Array, "paths"]
 
@@ -73,62 +77,55 @@ class Descent(NamedTuple):
     refused: Bool[Array, "paths"]
 
 
-def packed(plan: Plan, *trees: ByPath) -> list[ByPath]:
-    """The tensors with those of buckets of many small parameters as one, [paths, *shape], at the key of the bucket.
+def to_buckets(plan: Plan, *trees: ByPath) -> list[Tensors]:
+    """The constrained tensors by bucket; those of many small parameters as one, [paths, *shape].
 
     The time to compile a program of hundreds of parameters is that of taking them together and apart, so a step should
-    do it once. All trees are packed alike.
+    do it once. In all trees the same are together.
     """
-    result = [dict(tree) for tree in trees]
+    result: list[list[tuple[Array, ...]]] = [[] for _ in trees]
     for bucket in buckets(plan):
-        if kernels.are_many(len(bucket.paths), bucket.shape) and all(
-            len({leaves[path].dtype for path in bucket.paths}) == 1 for leaves in trees
-        ):
-            for leaves in result:
-                leaves[_key(bucket)] = kernels.pack([leaves.pop(path) for path in bucket.paths])
+        owns = [bucket.own(leaves) for leaves in trees]
+        as_one = kernels.are_many(len(bucket.paths), bucket.shape)
+        as_one = as_one and all(len({leaf.dtype for leaf in own}) == 1 for own in owns)
+        for tensors, own in zip(result, owns, strict=True):
+            tensors.append((kernels.pack(own),) if as_one else own)
+    return list(map(tuple, result))
+
+
+def from_buckets(plan: Plan, tensors: Tensors) -> ByPath:
+    """Undoes `to_buckets`."""
+    result = {}
+    for bucket, own in zip(buckets(plan), tensors, strict=True):
+        parts = kernels.unpack(own[0]) if bucket.as_one(own) else own
+        result |= dict(zip(bucket.paths, parts, strict=True))
     return result
 
 
-def unpacked(plan: Plan, tensors: ByPath) -> ByPath:
-    """Undoes `packed`."""
-    result = dict(tensors)
-    for bucket in buckets(plan):
-        if (key := _key(bucket)) in result:
-            result |= dict(zip(bucket.paths, kernels.unpack(result.pop(key)), strict=True))
-    return result
+def on_buckets(function: Callable[..., Any], plan: Plan, trees: Sequence[ByPath], *args: Any, like: Any) -> Any:
+    """`function` of the constrained tensors by bucket and further arguments. Its first result is given back by path.
+
+    That is shared out as the first of the trees. `like` is as in `automatic`, for the other results.
+    """
+
+    def by_bucket(trees: Sequence[ByPath], *args: Any) -> Any:
+        found, *others = function(*to_buckets(plan, *trees), *args)
+        return from_buckets(plan, found), *others
+
+    constrained = [{path: tree[path] for path in plan.collections} for tree in trees]
+    return automatic(by_bucket, constrained, *args, like=(constrained[0], *like))
 
 
-def names(bucket: Bucket, tensors: ByPath) -> tuple[str, ...]:
-    """The paths of a bucket in these tensors, or its key if they are packed."""
-    key = _key(bucket)
-    return (key,) if key in tensors else bucket.paths
-
-
-def _key(bucket: Bucket) -> str:
-    # No path has this character.
-    return f"{bucket.paths[0]}\0"
-
-
-def matrices(bucket: Bucket, tensors: ByPath) -> Float[Array, "paths *layers inputs outputs rows cols"]:
-    """The matrices of a bucket of packed or other tensors."""
-    if (key := _key(bucket)) not in tensors:
-        return bucket.matrices(tensors)
-    return bucket.view.split(tensors[key].astype(compute_dtype(tensors[key].dtype)))
-
-
-def project(plan: Plan, kinds: Stacks, radii: Stacks, points: ByPath, gradients: ByPath) -> Projected:
+def project(plan: Plan, kinds: Stacks, radii: Stacks, points: Tensors, gradients: Tensors) -> Projected:
     """Line 5: gradL(ω) = Π_ω(∂L/∂ω)."""
     tangents, norms = kernels.tangent(*_matrices(plan, kinds, radii, points, gradients))
-    return Projected(_tensors(plan, points, tangents), *refuse(plan, points, norms))
+    return Projected(_tensors(plan, points, tangents), *refuse(plan, _like(points, norms)))
 
 
-def refuse(plan: Plan, like: ByPath, norms: list[Array]) -> tuple[Stacks, Bool[Array, "paths"]]:
-    """The squared norms of every matrix as stacks, NaN in a refused parameter; and which those are.
-
-    `norms` are those of tensors that are packed as `like`.
-    """
+def refuse(plan: Plan, norms: Tensors) -> tuple[Stacks, Bool[Array, "paths"]]:
+    """The squared norms of every matrix as stacks, NaN in a refused parameter; and which those are."""
     squares, refused = [], []
-    for bucket, own in zip(buckets(plan), _by_bucket(plan, like, norms), strict=True):
+    for bucket, own in zip(buckets(plan), norms, strict=True):
         square = _stacked(bucket, own)
         finite = _finite(square)
         squares.append(jnp.where(finite.reshape(-1, *(1,) * len(bucket.grid)), square, jnp.nan))
@@ -137,15 +134,16 @@ def refuse(plan: Plan, like: ByPath, norms: list[Array]) -> tuple[Stacks, Bool[A
 
 
 def steepest(
-    plan: Plan, kinds: Stacks, points: ByPath, vectors: ByPath, method: Steepest, tangent: bool, coarse: bool
-) -> ByPath:
+    plan: Plan, kinds: Stacks, points: Tensors, vectors: Tensors, method: Steepest, tangent: bool, coarse: bool
+) -> Tensors:
     """Directions of steepest ascent along the vectors, of the length of the radius, in the dtypes of the vectors."""
-    directions: ByPath = {}
-    for bucket, kind, radius in zip(buckets(plan), kinds, radii_of(plan, kinds, points), strict=True):
-        x, mixture = matrices(bucket, points), mixture_of(bucket, kind).at(with_radius(radius))
-        found = mixture.steepest(x, matrices(bucket, vectors).astype(x.dtype), method, tangent, coarse)
-        directions |= tensors_of(bucket, found, {name: vectors[name] for name in names(bucket, vectors)})
-    return directions
+    directions = []
+    parts = zip(buckets(plan), kinds, radii_of(plan, kinds, points), points, vectors, strict=True)
+    for bucket, kind, radius, own, vector in parts:
+        x, mixture = bucket.matrices(own), mixture_of(bucket, kind).at(with_radius(radius))
+        found = mixture.steepest(x, bucket.matrices(vector).astype(x.dtype), method, tangent, coarse)
+        directions.append(bucket.tensors(found, vector))
+    return tuple(directions)
 
 
 def normalize(plan: Plan, groups: Stacks, squares: Stacks, rho: Scalar, curvature: Scalar) -> Normalized:
@@ -163,29 +161,33 @@ def normalize(plan: Plan, groups: Stacks, squares: Stacks, rho: Scalar, curvatur
     return Normalized(tuple(inverse_zeta), _figure(shares), _figure(norms))
 
 
-def scaled(plan: Plan, tangents: ByPath, factors: Stacks) -> ByPath:
+def scaled(plan: Plan, tangents: Tensors, factors: Stacks) -> Tensors:
     """Every matrix times its own factor; no direction where that is NaN, as of a refused parameter."""
-    result = {}
-    for bucket, stacked in zip(buckets(plan), factors, strict=True):
-        for name, factor in zip(names(bucket, tangents), _parts(bucket, tangents, stacked), strict=True):
-            factor = factor.astype(tangents[name].dtype)[..., None, None]
-            factor = bucket.view.merge(jnp.broadcast_to(factor, (*factor.shape[:-2], *bucket.view.grid[2:])))
-            result[name] = jnp.where(factor > 0, tangents[name] * factor, 0)
-    return result
+
+    def of(bucket: Bucket, tangent: Array, factor: Array) -> Array:
+        factor = factor.astype(tangent.dtype)[..., None, None]
+        factor = bucket.view.merge(jnp.broadcast_to(factor, (*factor.shape[:-2], *bucket.view.grid[2:])))
+        return jnp.where(factor > 0, tangent * factor, 0)
+
+    parts = zip(buckets(plan), tangents, factors, strict=True)
+    return tuple(
+        tuple(of(bucket, *pair) for pair in zip(own, _parts(bucket, own, stacked), strict=True))
+        for bucket, own, stacked in parts
+    )
 
 
 def retract(
     plan: Plan,
     kinds: Stacks,
     radii: Stacks,
-    points: ByPath,
-    directions: ByPath,
+    points: Tensors,
+    directions: Tensors,
     *,
     new_radii: Stacks | None = None,
     factor: Scalar = 1.0,
     is_tangent: bool = False,
     share_out: Mesh | None = None,
-) -> tuple[ByPath, Float[Array, "paths"]]:
+) -> tuple[Tensors, Float[Array, "paths"]]:
     """Line 7 and eq. 2: the displacements φ_ω(v) - ω, and the largest ‖v‖/s of each parameter.
 
     v is `factor` times a direction, projected at ω unless it `is_tangent`. The points reached are set to `new_radii` if
@@ -194,47 +196,42 @@ def retract(
     mixtures, x, w = _matrices(plan, kinds, radii, points, directions)
     new = None
     if new_radii is not None:
-        pairs = zip(buckets(plan), new_radii, strict=True)
-        flat = [radius for bucket, stacked in pairs for radius in _parts(bucket, points, stacked, True)]
+        parts = zip(buckets(plan), points, new_radii, strict=True)
+        flat = [radius for bucket, own, stacked in parts for radius in _parts(bucket, own, stacked, True)]
         new = [radius.astype(own.dtype) for radius, own in zip(flat, x, strict=True)]
     moves, norms = kernels.step(mixtures, x, w, new, factor, is_tangent, share_out)
     longest = [
         largest(_stacked(bucket, own), range(1, 1 + len(bucket.grid)))
-        for bucket, own in zip(buckets(plan), _by_bucket(plan, points, norms), strict=True)
+        for bucket, own in zip(buckets(plan), _like(points, norms), strict=True)
     ]
-    moves = _tensors(plan, points, moves)
     # Gradients may be coarser than the weights.
-    dtypes = {path: widest((points[path].dtype, directions[path].dtype)) for path in moves}
-    return {path: move.astype(dtypes[path]) for path, move in moves.items()}, _figure(longest)
+    displacements = jax.tree.map(
+        lambda move, x, w: move.astype(widest((x.dtype, w.dtype))), _tensors(plan, points, moves), points, directions
+    )
+    return displacements, _figure(longest)
 
 
-def radii_of(plan: Plan, kinds: Stacks, points: ByPath) -> Stacks:
+def radii_of(plan: Plan, kinds: Stacks, points: Tensors) -> Stacks:
     """The radii at which the weights lie."""
-    pairs = zip(buckets(plan), kinds, strict=True)
-    return tuple(mixture_of(bucket, kind).radius_of(matrices(bucket, points)) for bucket, kind in pairs)
+    parts = zip(buckets(plan), kinds, points, strict=True)
+    return tuple(mixture_of(bucket, kind).radius_of(bucket.matrices(own)) for bucket, kind, own in parts)
 
 
-def rescale(plan: Plan, kinds: Stacks, points: ByPath, updates: ByPath, radii: Stacks) -> ByPath:
+def rescale(plan: Plan, kinds: Stacks, points: Tensors, updates: Tensors, radii: Stacks) -> Tensors:
     """Line 8: displacements to the points ω + u, brought to exactly the radii ℜ."""
-    displacements: ByPath = {}
-    for bucket, kind, radius in zip(buckets(plan), kinds, radii, strict=True):
-        x = matrices(bucket, points)
+    displacements = []
+    for bucket, kind, own, update, radius in zip(buckets(plan), kinds, points, updates, radii, strict=True):
+        x = bucket.matrices(own)
         mixture = mixture_of(bucket, kind).at(radius.astype(x.dtype))
-        own = names(bucket, points)
-        like = {path: max(points[path], updates[path], key=lambda leaf: leaf.dtype.itemsize) for path in own}
-        moves = mixture.rescale(x + matrices(bucket, updates).astype(x.dtype)) - x
-        displacements |= tensors_of(bucket, moves, like)
-    return displacements
+        like = [max(pair, key=lambda tensor: tensor.dtype.itemsize) for pair in zip(own, update, strict=True)]
+        moves = mixture.rescale(x + bucket.matrices(update).astype(x.dtype)) - x
+        displacements.append(bucket.tensors(moves, like))
+    return tuple(displacements)
 
 
-def squared_norms(plan: Plan, tensors: ByPath) -> Stacks:
+def squared_norms(plan: Plan, tensors: Tensors) -> Stacks:
     """The squared norm of every matrix."""
-    return tuple(squared_norm(matrices(bucket, tensors)) for bucket in buckets(plan))
-
-
-def refused(plan: Plan, tensors: ByPath) -> Bool[Array, "paths"]:
-    """Which of the constrained parameters are refused, by the squared norms of `tensors`."""
-    return _figure([~_finite(square) for square in squared_norms(plan, tensors)], jnp.dtype(bool))
+    return tuple(squared_norm(bucket.matrices(own)) for bucket, own in zip(buckets(plan), tensors, strict=True))
 
 
 # The rule everywhere: a leaf whose squared norm is not finite (NaN, infinite, or a norm above 10¹⁹ in float32, after
@@ -248,30 +245,32 @@ def none_refused(plan: Plan) -> Refused:
     return Refused(jnp.zeros(len(plan.collections), jnp.int32), free)
 
 
-def without_refused(plan: Plan, tangents: ByPath, refused: Bool[Array, "paths"]) -> ByPath:
+def without_refused(plan: Plan, tangents: Tensors, refused: Bool[Array, "paths"]) -> Tensors:
     """The tangent vectors, zero where the parameter is refused."""
-    result, start = {}, 0
-    for bucket in buckets(plan):
-        end = start + len(bucket.paths)
-        flags = _parts(bucket, tangents, refused[start:end])
-        for name, flag in zip(names(bucket, tangents), flags, strict=True):
-            flag = flag.reshape(*flag.shape, *(1,) * len(bucket.shape))
-            result[name] = jnp.where(flag, 0, tangents[name])
-        start = end
-    return result
+    result, start = [], 0
+    for bucket, own in zip(buckets(plan), tangents, strict=True):
+        flags = _parts(bucket, own, refused[start : start + len(bucket.paths)])
+        flags = [flag.reshape(*flag.shape, *(1,) * len(bucket.shape)) for flag in flags]
+        result.append(tuple(jnp.where(flag, 0, tangent) for flag, tangent in zip(flags, own, strict=True)))
+        start += len(bucket.paths)
+    return tuple(result)
+
+
+def refused(plan: Plan, tensors: Tensors) -> Bool[Array, "paths"]:
+    """Which of the constrained parameters are refused, by the squared norms of `tensors`."""
+    return _figure([~_finite(square) for square in squared_norms(plan, tensors)], jnp.dtype(bool))
 
 
 def projected(
-    plan: Plan, kinds: Stacks, radii: Stacks | None, points: ByPath, gradients: ByPath
-) -> tuple[ByPath, Bool[Array, "paths"]]:
+    plan: Plan, kinds: Stacks, radii: Stacks | None, points: Tensors, gradients: Tensors
+) -> tuple[Tensors, Bool[Array, "paths"]]:
     """Line 5 alone: tangent vectors in the dtypes of the gradients, zero where they are refused, and which are.
 
     The radii are those at which the points lie, if None is given.
     """
-    points, gradients = packed(plan, points, gradients)
     found = project(plan, kinds, radii_of(plan, kinds, points) if radii is None else radii, points, gradients)
     tangents = without_refused(plan, found.tangents, found.refused)
-    return unpacked(plan, {name: t.astype(gradients[name].dtype) for name, t in tangents.items()}), found.refused
+    return jax.tree.map(lambda t, g: t.astype(g.dtype), tangents, gradients), found.refused
 
 
 def without_refused_free(free: ByPath) -> tuple[ByPath, ByPath]:
@@ -316,54 +315,38 @@ def _figure(parts: list[Array], dtype: jnp.dtype | None = None) -> Array:
     return jnp.concatenate([part.astype(dtype) for part in parts])
 
 
-def _by_bucket(plan: Plan, like: ByPath, values: list[Array]) -> list[list[Array]]:
-    """What follows the parameters of all buckets, packed as `like`, for each bucket."""
-    rest = iter(values)
-    return [[next(rest) for _ in names(bucket, like)] for bucket in buckets(plan)]
+def _stacked(bucket: Bucket, own: Sequence[Array]) -> Array:
+    """The values of a bucket's matrices, of each parameter or of all, as one array."""
+    return own[0] if bucket.as_one(own) else kernels.stack(own)
 
 
-def _stacked(bucket: Bucket, own: list[Array]) -> Array:
-    """The values of a bucket's matrices as one array, which they are if it is packed."""
-    return kernels.stack(own) if own[0].ndim == len(bucket.grid) else own[0]
+def _parts(bucket: Bucket, like: Sequence[Array], stacked: Array, restacked: bool = False) -> list[Array]:
+    """Undoes `_stacked`: values for each of the tensors `like`; `restacked` as in `kernels.unstack`."""
+    return [stacked] if bucket.as_one(like) else kernels.unstack(stacked, restacked)
 
 
-def _parts(bucket: Bucket, like: ByPath, stacked: Array, restacked: bool = False) -> list[Array]:
-    """Values that are stacked by parameter, as the tensors `like` are: by parameter, or all at once if it is packed.
-
-    `restacked` as in `kernels.unstack`.
-    """
-    return [stacked] if _key(bucket) in like else kernels.unstack(stacked, restacked)
+def _like(points: Tensors, values: list[Array]) -> Tensors:
+    """What belongs to each of the tensors, by bucket."""
+    return jax.tree.unflatten(jax.tree.structure(points), values)
 
 
-def tensors_of(bucket: Bucket, own: Array, like: ByPath) -> ByPath:
-    """Undoes `matrices`: tensors in the dtypes of `like`, and packed as it is."""
-    if (key := _key(bucket)) not in like:
-        return bucket.tensors(own, like)
-    return {key: bucket.view.merge(own).astype(like[key].dtype)}
-
-
-def _tensors(plan: Plan, like: ByPath, matrices: list[Array]) -> ByPath:
-    """The tensors of the matrices of all parameters, by path or packed as `like`."""
-    pairs = zip(buckets(plan), _by_bucket(plan, like, matrices), strict=True)
-    return {
-        name: bucket.view.merge(own)
-        for bucket, parts in pairs
-        for name, own in zip(names(bucket, like), parts, strict=True)
-    }
+def _tensors(plan: Plan, points: Tensors, matrices: list[Array]) -> Tensors:
+    """The tensors that these matrices make up."""
+    pairs = zip(buckets(plan), _like(points, matrices), strict=True)
+    return tuple(tuple(map(bucket.view.merge, own)) for bucket, own in pairs)
 
 
 def _matrices(
-    plan: Plan, kinds: Stacks, radii: Stacks, points: ByPath, vectors: ByPath
+    plan: Plan, kinds: Stacks, radii: Stacks, points: Tensors, vectors: Tensors
 ) -> tuple[list[Mixture], list[Array], list[Array]]:
-    """The manifolds, points and vectors of every parameter as matrices, in the dtype of constraint arithmetic."""
-    mixtures, x, w = [], [], []
-    for bucket, kind, radius in zip(buckets(plan), kinds, radii, strict=True):
-        own = names(bucket, points)
-        own_kinds = _parts(bucket, points, kind, True) if len(bucket.kinds) > 1 else [()] * len(own)
-        own_radii = _parts(bucket, points, radius, True)
-        for path, own_kind, own_radius in zip(own, own_kinds, own_radii, strict=True):
-            dtype = widest(compute_dtype(tree[path].dtype) for tree in (points, vectors))
-            mixtures.append(mixture_of(bucket, own_kind).at(own_radius.astype(dtype)))
-            x.append(bucket.view.split(points[path].astype(dtype)))
-            w.append(bucket.view.split(vectors[path].astype(dtype)))
+    """The manifolds, points and vectors of each tensor as matrices, in the dtype of constraint arithmetic."""
+    found = []
+    for bucket, kind, radius, *own in zip(buckets(plan), kinds, radii, points, vectors, strict=True):
+        own_kinds = _parts(bucket, own[0], kind, True) if len(bucket.kinds) > 1 else [()] * len(own[0])
+        own_radii = _parts(bucket, own[0], radius, True)
+        for kind, radius, *pair in zip(own_kinds, own_radii, *own, strict=True):
+            dtype = widest(compute_dtype(tensor.dtype) for tensor in pair)
+            x, w = (bucket.view.split(tensor.astype(dtype)) for tensor in pair)
+            found.append((mixture_of(bucket, kind).at(radius.astype(dtype)), x, w))
+    mixtures, x, w = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [])
     return mixtures, x, w

@@ -168,7 +168,8 @@ def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
         above, norm, refused, ratio = jnp.concatenate([each.figures for each in found]).reshape(-1, 4).T
         share, refused = above / bucket.num_groups, refused > 0
     else:
-        squares, refused = algorithm.refuse(plan, step.points, kernels.measure(platform, layer, parameters, place))
+        norms = kernels.measure(platform, layer, parameters, place)
+        squares, refused = algorithm.refuse(plan, (tuple(norms),))
         zeta = algorithm.normalize(plan, step.groups, squares, step.options.rho, step.options.curvature)
         scales = kernels.unstack(zeta.inverse_zeta[0], restacked=True)
         found = kernels.move(platform, layer, scalars, parameters, scales, place)

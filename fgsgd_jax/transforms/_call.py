@@ -33,10 +33,9 @@ class Call(NamedTuple):
     leaves: ByPath
     tree: Any
 
-    @property
-    def constrained(self) -> ByPath:
-        """The points that have a collection."""
-        return {path: self.points[path] for path in self.plan.collections}
+    def constrained(self, leaves: ByPath) -> ByPath:
+        """Those of these leaves that have a collection."""
+        return {path: leaves[path] for path in self.plan.collections}
 
     @property
     def free(self) -> ByPath:

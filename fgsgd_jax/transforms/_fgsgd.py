@@ -6,17 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from ..groups import Plan, as_rules, automatic, buckets, by_path, from_paths, groups_of, kinds_of, names_of, widest
-from ..manifolds import Euclidean, compute_dtype
+from ..manifolds import compute_dtype
 from . import _algorithm as algorithm
 from ._algorithm import Descent, Options, Step
 from ._at_once import Kernels, at_once, check_kernels, known_shardings
 from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
 from ._scale import Scale, ScaleState
-from ._states import ByPath, FgsgdState
+from ._states import FgsgdState
 from ._zeta import Scalar, check_options
 
 
@@ -125,17 +124,16 @@ def fgsgd(
 
         def lines_5_to_7(plan: Plan, step: Step) -> Descent:
             trees = [step.points, step.gradients] + ([] if step.momentum is None else [step.momentum])
-            points, gradients, *buffers = algorithm.packed(plan, *trees)
+            points, gradients, *buffers = algorithm.to_buckets(plan, *trees)
             rho, curvature = step.options.rho, step.options.curvature
             tangents, squares, refused = algorithm.project(plan, step.kinds, step.radii, points, gradients)
             zeta = algorithm.normalize(plan, step.groups, squares, rho, curvature)
             tangents = algorithm.scaled(plan, tangents, zeta.inverse_zeta)
-            tangents = {name: t.astype(compute_dtype(points[name].dtype)) for name, t in tangents.items()}
-            for bucket in buckets(plan):
-                if all(isinstance(kind, Euclidean) for kind in bucket.kinds):
-                    own = algorithm.names(bucket, tangents)
-                    decay = step.options.weight_decay
-                    tangents |= {name: decayed(tangents[name], points[name], decay) for name in own}
+            tangents = jax.tree.map(lambda t, x: t.astype(compute_dtype(x.dtype)), tangents, points)
+            tangents = tuple(
+                decayed(own, at, step.options.weight_decay) if bucket.is_euclidean else own
+                for bucket, own, at in zip(buckets(plan), tangents, points, strict=True)
+            )
             directions, momenta = accumulated(tangents, next(iter(buffers), None), step.options.momentum)
             displacements, ratio = algorithm.retract(
                 plan,
@@ -148,9 +146,9 @@ def fgsgd(
                 is_tangent=momenta is None,
                 share_out=share_out,
             )
-            displacements = algorithm.unpacked(plan, displacements)
-            momenta = None if momenta is None else algorithm.unpacked(plan, momenta)
-            return Descent(displacements, momenta, zeta.zeta_share, zeta.grad_norm, ratio, refused)
+            moves = algorithm.from_buckets(plan, displacements)
+            momentum = None if momenta is None else algorithm.from_buckets(plan, momenta)
+            return Descent(moves, momentum, zeta.zeta_share, zeta.grad_norm, ratio, refused)
 
         def lines_5_to_8(step: Step, before: ScaleState, feature_moments: Any) -> tuple[Descent, ScaleState]:
             after = scale.advance(before, step.kinds, feature_moments)
@@ -158,9 +156,9 @@ def fgsgd(
             return at_once(lines_5_to_7, call.plan, step, kernels, nesterov, places), after
 
         free, refused_free = algorithm.without_refused_free(call.free)
-        free = {path: decayed(g, call.points[path], weight_decay) for path, g in free.items()}
+        free = decayed(free, {path: call.points[path] for path in free}, weight_decay)
         buffers = None if momentum is None else by_path(state.momentum.trace)
-        directions, buffers_free = accumulated(free, buffers, momentum)
+        directions, buffers_free = accumulated(free, buffers and {path: buffers[path] for path in free}, momentum)
         # The matrices are multiplied by the rate where they are read anyway: here it is that of a one.
         one = jnp.ones((), state.step_ratio.dtype)
         rated: Any = rate.update((directions, one), state.rate)
@@ -169,8 +167,8 @@ def fgsgd(
         # Inside `automatic` the axes of a mesh have no types that tell.
         everywhere = None if share_out is None else NamedSharding(share_out, PartitionSpec())
         places = known_shardings(call.points, everywhere if shardings is None else shardings)
-        points, gradients = call.constrained, {path: call.leaves[path] for path in call.plan.collections}
-        own = None if buffers is None else {path: buffers[path] for path in points}
+        points, gradients = call.constrained(call.points), call.constrained(call.leaves)
+        own = None if buffers is None else call.constrained(buffers)
         options = Options(factor, 0.0 if momentum is None else momentum, rho, curvature, weight_decay)
         step = Step(points, gradients, own, state.kinds, state.groups, state.radii, None, options)
         figure = state.step_ratio
@@ -204,16 +202,15 @@ def fgsgd(
         # Shapes alone are enough to begin with zeros.
         return leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
 
-    def accumulated(steps: ByPath, buffers: ByPath | None, decay: Scalar | None) -> tuple[ByPath, ByPath | None]:
-        """The directions of some leaves, and their new momentum."""
-        if buffers is None or decay is None:
+    def accumulated(steps: Any, buffers: Any, decay: Any) -> tuple[Any, Any]:
+        """The directions, and their new momentum: None without any."""
+        if buffers is None:
             return steps, None
-        before = optax.TraceState({path: buffers[path] for path in steps})
-        updated: Any = optax.trace(decay, nesterov).update(steps, before)
+        updated: Any = optax.trace(decay, nesterov).update(steps, optax.TraceState(buffers))
         directions, after = updated
         return directions, after.trace
 
-    def decayed(g: Array, x: Array, weight_decay: Scalar) -> Array:
-        return g + jnp.asarray(weight_decay, g.dtype) * x.astype(g.dtype)
+    def decayed(gradients: Any, points: Any, decay: Scalar) -> Any:
+        return jax.tree.map(lambda g, x: g + jnp.asarray(decay, g.dtype) * x.astype(g.dtype), gradients, points)
 
     return optax.GradientTransformationExtraArgs(init, update)

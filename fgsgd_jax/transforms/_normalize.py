@@ -4,10 +4,11 @@ from typing import Any
 
 import optax
 
-from ..groups import Stacks, as_rules, automatic, groups_of, names_of
+from ..groups import Stacks, as_rules, groups_of, names_of
 from . import _algorithm as algorithm
+from ._algorithm import Tensors
 from ._call import PlanOrRules, called, started
-from ._states import ByPath, NormalizeState
+from ._states import NormalizeState
 from ._zeta import Scalar, check_options
 
 
@@ -55,18 +56,16 @@ def normalize_by_zeta(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
         call = called("fg.normalize_by_zeta", plan, updates, params, needs_params=False)
-        directions = {path: call.leaves[path] for path in call.plan.collections}
 
-        def line_6(groups: Stacks, directions: ByPath, rho: Scalar, curvature: Scalar) -> Any:
-            (directions,) = algorithm.packed(call.plan, directions)
+        def line_6(directions: Tensors, groups: Stacks, rho: Scalar, curvature: Scalar) -> Any:
             squares = algorithm.squared_norms(call.plan, directions)
             found = algorithm.normalize(call.plan, groups, squares, rho, curvature)
             figures = (x.astype(state.zeta_share.dtype) for x in (found.zeta_share, found.grad_norm))
-            steps = algorithm.scaled(call.plan, directions, found.inverse_zeta)
-            return algorithm.unpacked(call.plan, steps), *figures
+            return algorithm.scaled(call.plan, directions, found.inverse_zeta), *figures
 
-        like = directions, state.zeta_share, state.grad_norm
-        steps, share, norm = automatic(line_6, state.groups, directions, rho, curvature, like=like)
+        steps, share, norm = algorithm.on_buckets(
+            line_6, call.plan, [call.leaves], state.groups, rho, curvature, like=(state.zeta_share, state.grad_norm)
+        )
         return call.answer(steps), state._replace(zeta_share=share, grad_norm=norm)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -5,12 +5,13 @@ from typing import Any
 import jax
 import optax
 
-from ..groups import as_rules, automatic, kinds_of, names_of
+from ..groups import as_rules, kinds_of, names_of
 from . import _algorithm as algorithm
+from ._algorithm import Tensors
 from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
 from ._scale import Scale, ScaleState
-from ._states import ByPath, OnManifoldsState
+from ._states import OnManifoldsState
 
 
 def on_manifolds(
@@ -93,12 +94,11 @@ def wrapped(
         check_still_on_manifold(link, call, params, before)
         scale = Scale(call.plan, rescaling, initial_radii)
 
-        def line_5(points: ByPath, gradients: ByPath, state: Any) -> Any:
+        def line_5(points: Tensors, gradients: Tensors, state: Any) -> Any:
             return algorithm.projected(call.plan, state.kinds, state.radii, points, gradients)
 
-        def lines_7_and_8(points: ByPath, directions: ByPath, state: Any, feature_moments: Any) -> Any:
+        def lines_7_and_8(points: Tensors, directions: Tensors, state: Any, feature_moments: Any) -> Any:
             after = scale.advance(ScaleState(state.radii, state.lambdas), state.kinds, feature_moments)
-            points, directions = algorithm.packed(call.plan, points, directions)
             displacements, ratio = algorithm.retract(
                 call.plan,
                 state.kinds,
@@ -108,17 +108,18 @@ def wrapped(
                 new_radii=after.radii if rescaling.measures else None,
                 share_out=share_out,
             )
-            return algorithm.unpacked(call.plan, displacements), after, ratio.astype(state.step_ratio.dtype)
+            return displacements, after, ratio.astype(state.step_ratio.dtype)
 
-        own, points = state._replace(inner=None), call.constrained
-        gradients = {path: call.leaves[path] for path in points}
-        tangents, refused = automatic(line_5, points, gradients, own, like=(points, state.refused.constrained))
+        own = state._replace(inner=None)
+        tangents, refused = algorithm.on_buckets(
+            line_5, call.plan, (call.points, call.leaves), own, like=(state.refused.constrained,)
+        )
         free, refused_free = algorithm.without_refused_free(call.free)
         directions, inner_state = inner.update(call.answer(free | tangents), state.inner, params, **extra_args)
         follow = called(f"{link}(inner)", call.plan, directions, params)
-        like = points, before, state.step_ratio
-        displacements, after, ratio = automatic(
-            lines_7_and_8, points, {path: follow.leaves[path] for path in points}, own, feature_moments, like=like
+        trees, like = (call.points, follow.leaves), (before, state.step_ratio)
+        displacements, after, ratio = algorithm.on_buckets(
+            lines_7_and_8, call.plan, trees, own, feature_moments, like=like
         )
         return follow.answer(displacements), state._replace(
             radii=after.radii,

@@ -4,10 +4,11 @@ from typing import Any
 
 import optax
 
-from ..groups import Stacks, as_rules, automatic, kinds_of, names_of
+from ..groups import Stacks, as_rules, kinds_of, names_of
 from . import _algorithm as algorithm
+from ._algorithm import Tensors
 from ._call import PlanOrRules, called, started
-from ._states import ByPath, ProjectState
+from ._states import ProjectState
 
 
 def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
@@ -58,19 +59,14 @@ def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTra
         del extra_args
         call = called(link, plan, updates, params)
 
-        def line_5(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
-            return algorithm.projected(call.plan, kinds, None, points, {path: leaves[path] for path in points})
-
-        def as_they_are(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
-            del kinds
-            (gradients,) = algorithm.packed(call.plan, {path: leaves[path] for path in points})
+        def line_5(points: Tensors, gradients: Tensors, kinds: Stacks) -> Any:
+            if projects:
+                return algorithm.projected(call.plan, kinds, None, points, gradients)
             refused = algorithm.refused(call.plan, gradients)
-            return algorithm.unpacked(call.plan, algorithm.without_refused(call.plan, gradients, refused)), refused
+            return algorithm.without_refused(call.plan, gradients, refused), refused
 
-        like = call.constrained, state.refused.constrained
-        passed, refused = automatic(
-            line_5 if projects else as_they_are, state.kinds, call.constrained, call.leaves, like=like
-        )
+        trees, counts = (call.points, call.leaves), state.refused.constrained
+        passed, refused = algorithm.on_buckets(line_5, call.plan, trees, state.kinds, like=(counts,))
         free, refused_free = algorithm.without_refused_free(call.free)
         counts = algorithm.counted(state.refused, refused, refused_free)
         return call.answer(free | passed), state._replace(refused=counts)

@@ -4,12 +4,13 @@ from typing import Any
 
 import optax
 
-from ..groups import Stacks, as_rules, automatic, kinds_of, names_of
+from ..groups import Stacks, as_rules, kinds_of, names_of
 from . import _algorithm as algorithm
+from ._algorithm import Tensors
 from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
 from ._scale import Scale, ScaleState
-from ._states import ByPath, RescaleState
+from ._states import RescaleState
 
 
 def rescale(
@@ -83,15 +84,13 @@ def rescaled(
         check_still_on_manifold(link, call, params, before)
         scale = Scale(call.plan, rescaling, initial_radii)
 
-        def line_8(kinds: Stacks, before: ScaleState, points: ByPath, leaves: ByPath, feature_moments: Any) -> Any:
+        def line_8(points: Tensors, moves: Tensors, kinds: Stacks, before: ScaleState, feature_moments: Any) -> Any:
             after = scale.advance(before, kinds, feature_moments)
-            points, moves = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
-            reached = algorithm.rescale(call.plan, kinds, points, moves, after.radii)
-            return algorithm.unpacked(call.plan, reached), after
+            return algorithm.rescale(call.plan, kinds, points, moves, after.radii), after
 
-        like = call.constrained, before
-        displacements, after = automatic(
-            line_8, state.kinds, before, call.constrained, call.leaves, feature_moments, like=like
+        trees = call.points, call.leaves
+        displacements, after = algorithm.on_buckets(
+            line_8, call.plan, trees, state.kinds, before, feature_moments, like=(before,)
         )
         return call.answer(displacements), state._replace(radii=after.radii, lambdas=after.lambdas)
 

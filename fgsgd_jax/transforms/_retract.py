@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import optax
 
-from ..groups import Stacks, as_rules, automatic, kinds_of, names_of
+from ..groups import Stacks, as_rules, kinds_of, names_of
 from . import _algorithm as algorithm
+from ._algorithm import Tensors
 from ._call import PlanOrRules, called, started
-from ._states import ByPath, RetractState
+from ._states import RetractState
 
 
 def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) -> optax.GradientTransformationExtraArgs:
@@ -58,16 +59,15 @@ def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) ->
         del extra_args
         call = called("fg.retract", plan, updates, params)
 
-        def line_7(kinds: Stacks, points: ByPath, leaves: ByPath) -> Any:
-            points, directions = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
+        def line_7(points: Tensors, directions: Tensors, kinds: Stacks) -> Any:
             radii = algorithm.radii_of(call.plan, kinds, points)
             displacements, ratio = algorithm.retract(
                 call.plan, kinds, radii, points, directions, is_tangent=True, share_out=share_out
             )
-            return algorithm.unpacked(call.plan, displacements), ratio.astype(state.step_ratio.dtype)
+            return displacements, ratio.astype(state.step_ratio.dtype)
 
-        like = call.constrained, state.step_ratio
-        displacements, ratio = automatic(line_7, state.kinds, call.constrained, call.leaves, like=like)
+        trees, figure = (call.points, call.leaves), state.step_ratio
+        displacements, ratio = algorithm.on_buckets(line_7, call.plan, trees, state.kinds, like=(figure,))
         return call.answer(displacements), state._replace(step_ratio=ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)

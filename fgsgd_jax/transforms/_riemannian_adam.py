@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ..groups import Stacks, as_rules, automatic, buckets, by_path, from_paths, kinds_of
+from ..groups import Stacks, as_rules, buckets, by_path, from_paths, kinds_of
 from ..linalg import squared_norm
 from ..manifolds import compute_dtype
 from . import _algorithm as algorithm
+from ._algorithm import Tensors
 from ._call import PlanOrRules, called, started
 from ._on_manifolds import wrapped
 from ._rescaling import InitialRadii, Rescaling, options
-from ._states import ByPath
 from ._zeta import Scalar
 
 
@@ -107,28 +107,26 @@ def _scale_by_riemannian_adam(
         call = called("fg.riemannian_adam", plan, updates, params)
         mu, nu = by_path(state.mu), by_path(state.nu)
 
-        def carried(kinds: Stacks, points: ByPath, moments: ByPath) -> ByPath:
-            points, moments = algorithm.packed(call.plan, points, moments)
+        def carried(points: Tensors, moments: Tensors, kinds: Stacks) -> Any:
             radii = algorithm.radii_of(call.plan, kinds, points)
-            return algorithm.unpacked(call.plan, algorithm.project(call.plan, kinds, radii, points, moments).tangents)
+            return (algorithm.project(call.plan, kinds, radii, points, moments).tangents,)
 
-        def of_matrices(kinds: Stacks, gradients: ByPath) -> ByPath:
+        def of_matrices(gradients: Tensors, kinds: Stacks) -> Any:
             """‖g‖_F² in every entry of a constrained matrix, g² in those of a Euclidean one."""
-            (gradients,), squares = algorithm.packed(call.plan, gradients), {}
-            for bucket, kind in zip(buckets(call.plan), kinds, strict=True):
-                g = algorithm.matrices(bucket, gradients)
+            squares = []
+            for bucket, kind, own in zip(buckets(call.plan), kinds, gradients, strict=True):
+                g = bucket.matrices(own)
                 total = squared_norm(g)
                 on = algorithm.mixture_of(bucket, kind).constrained(jnp.ones_like(total)) > 0
                 square = jnp.where(on[..., None, None], total[..., None, None], jnp.square(g))
-                squares |= algorithm.tensors_of(bucket, square, gradients)
-            return algorithm.unpacked(call.plan, squares)
+                squares.append(bucket.tensors(square, own))
+            return (tuple(squares),)
 
-        points = call.constrained
-        moments = {path: mu[path] for path in points}
-        before = mu | automatic(carried, state.kinds, points, moments, like=moments)
+        (carried_mu,) = algorithm.on_buckets(carried, call.plan, (call.points, mu), state.kinds, like=())
+        before = mu | carried_mu
         gradients = {path: g.astype(mu[path].dtype) for path, g in call.leaves.items()}
-        squares = {path: jnp.square(g) for path, g in gradients.items()}
-        squares |= automatic(of_matrices, state.kinds, {path: gradients[path] for path in points}, like=moments)
+        (of_constrained,) = algorithm.on_buckets(of_matrices, call.plan, [gradients], state.kinds, like=())
+        squares = {path: jnp.square(g) for path, g in gradients.items()} | of_constrained
         count = state.applied + 1
 
         def decayed(decay: Scalar, moment: Array, new: Array) -> Array:

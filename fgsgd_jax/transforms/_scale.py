@@ -58,7 +58,7 @@ class Scale:
                     f"{shapes[0]}: initial_radii='fitted' reads the weights, this is {leaves[shapes[0]]}; trace the "
                     "call, jax.eval_shape(tx.init, params), to find shapes alone"
                 )
-            own = {path: leaves[path] for path in self.plan.collections}
+            own = tuple(bucket.own(leaves) for bucket in self.layout)
             fitted = automatic(functools.partial(radii_of, self.plan), kinds, own, like=radii)
             radii = tuple(map(with_radius, fitted))
         if not self.rescaling.measures:

@@ -4,11 +4,12 @@ from typing import Any
 
 import optax
 
-from ..groups import Stacks, as_rules, automatic, kinds_of, names_of
+from ..groups import Stacks, as_rules, kinds_of, names_of
 from ..manifolds import Steepest, check_steepest
 from . import _algorithm as algorithm
+from ._algorithm import Tensors
 from ._call import PlanOrRules, called, started
-from ._states import ByPath, SteepestState
+from ._states import SteepestState
 
 
 def steepest(
@@ -77,13 +78,11 @@ def steepest(
         del extra_args
         call = called("fg.steepest", plan, updates, params)
 
-        def directions(kinds: Stacks, points: ByPath, leaves: ByPath) -> ByPath:
-            points, vectors = algorithm.packed(call.plan, points, {path: leaves[path] for path in points})
-            found = algorithm.steepest(call.plan, kinds, points, vectors, method, tangent, coarse)
-            return algorithm.unpacked(call.plan, found)
+        def directions(points: Tensors, vectors: Tensors, kinds: Stacks) -> Any:
+            return (algorithm.steepest(call.plan, kinds, points, vectors, method, tangent, coarse),)
 
-        return call.answer(
-            automatic(directions, state.kinds, call.constrained, call.leaves, like=call.constrained)
-        ), state
+        trees = call.points, call.leaves
+        (found,) = algorithm.on_buckets(directions, call.plan, trees, state.kinds, like=())
+        return call.answer(found), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -21,6 +20,7 @@ from .._data import data_difference
 from .._errors import UsageError, resume_command
 from .._log import MetricsLog
 from .._measures import FORMS, PAPERS, Measurer, Measures, log10
+from .._options import options
 from .._run import CHECKPOINTS, LOG
 from .._tasks import config_from_dict
 from .._trainer import Trainer
@@ -34,13 +34,13 @@ for operators and no margins; its products over groups shrink with every group o
 behind them. Such measures often fail to predict generalization: `fgsgd bounds --correlate` compares them over runs."""
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class Bounds(Command):
-    """Report norms, certificates and generalization bounds of a trained network, or compare bounds over runs."""
+    """Report norms, certificates and bounds of a network, or compare bounds of runs."""
 
-    checkpoint: Annotated[Path | None, tyro.conf.Positional] = None
+    checkpoint: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
     """A run directory, of which the newest checkpoint is measured, or one of its checkpoints (RUN/checkpoints/STEP)."""
-    correlate: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
+    correlate: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")] = ()
     """Instead, compare the bounds with the measured gaps over these runs, three or more."""
     picture: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
     """Where the picture goes; bounds.png in the run directory where left out."""

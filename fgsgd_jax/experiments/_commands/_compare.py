@@ -12,6 +12,7 @@ from .._comparison_report import draw, report
 from .._config import TrainConfig, option
 from .._errors import UsageError, unknown
 from .._image_kind import ImageKind
+from .._options import options
 from .._rows import check_rows, row_name
 from .._tasks import CONFIGS
 from .._text import TextConfig, TextKind
@@ -29,7 +30,7 @@ T = TypeVar("T")
 _Given = Annotated[T, tyro.conf.Suppress, tyro.conf.Fixed]
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class SharedConfig(TrainConfig):
     """What all trainings of a comparison have in common."""
 
@@ -39,9 +40,9 @@ class SharedConfig(TrainConfig):
     validation: _Given[float] = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class Compare(Command):
-    """Compare schemes, or by --task text optimizers: tuned on a grid of rates, trained with the same seeds."""
+    """Compare schemes (with --task text: optimizers), each at its best learning rate."""
 
     instead: ClassVar[dict[str, str]] = {
         "--scheme": "--rows",
@@ -133,7 +134,7 @@ class Compare(Command):
         return shlex.join(words)
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class SharedTextConfig(TextConfig):
     """What all trainings of a comparison on text have in common."""
 
@@ -147,9 +148,9 @@ class SharedTextConfig(TextConfig):
     """The share of the training text on which rates are compared: the last part of every file."""
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class TextCompare(Compare):
-    """Compare optimizers and manifolds of a GPT: tuned on a grid of rates, trained with the same seeds."""
+    """Compare optimizers and manifolds of a GPT, each at its best learning rate."""
 
     instead: ClassVar[dict[str, str]] = {
         "--scheme": "--rows",

@@ -1,10 +1,10 @@
-import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +13,7 @@ from .._data import ImageSet
 from .._demo_picture import draw_demo
 from .._errors import UsageError
 from .._log import Record, finite
+from .._options import options
 from .._paired import paired_difference
 from .._trainer import Trainer
 from .._versions import versions
@@ -41,15 +42,15 @@ left. Mixing manifolds adds nothing to slicing: spheres for every slice do as we
 1 for PIO, with very long steps: part of the gain may be the rate. See docs/findings.md."""
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class Demo(Command):
-    """Train free weights and FG-SGD on 250 digits over several seeds: a table, and a picture with curves and slices."""
+    """Train free weights and FG-SGD on 250 digits: a table, and a picture."""
 
     seeds: int = 6
     """Trainings of each of the two."""
     epochs: int = 280
     """How often every image is seen: one step each."""
-    run_dir: Path | None = None
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where results and picture are kept; the first free of runs/demo, runs/demo-2, … where left out."""
 
     def run(self, console: Console) -> None:

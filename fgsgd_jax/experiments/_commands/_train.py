@@ -9,6 +9,7 @@ from rich.console import Console
 
 from .._config import Config, TrainConfig
 from .._errors import UsageError, resume_command, unknown
+from .._options import options
 from .._processes import is_first, joined
 from .._run import LOG, run, stored_config
 from .._tasks import CONFIGS
@@ -16,13 +17,13 @@ from .._text import TextConfig
 from ._command import Command, given
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class Train(Command):
-    """Train a network on images, or by --task text a GPT: log, checkpoints and a picture go into the run directory."""
+    """Train a network on images, or with --task text a GPT."""
 
     config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=TrainConfig)
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where the run is kept; runs/DATA-MODEL-SCHEME-SEED where left out."""
+    """Where log, checkpoints and picture are kept; runs/DATA-MODEL-SCHEME-SEED where left out."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the last checkpoint of the run directory. Options left out are those that the run began with; with a
     constant --schedule, --epochs may be more."""
@@ -90,9 +91,9 @@ class Train(Command):
         console.print(f"{figures}; picture: {result.picture}", highlight=False, soft_wrap=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class TextTrain(Train):
-    """Train a small GPT on text: log, checkpoints, a picture and a sample go into the run directory."""
+    """Train a small GPT on text, and print a sample of what it writes."""
 
     config: Annotated[TextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(  # pyright: ignore
         default_factory=TextConfig

@@ -6,6 +6,7 @@ import tyro
 
 from .._config import Config, Task
 from .._errors import UsageError
+from .._options import options
 from .._schedules import ScheduleName
 from .._schemes import Retraction
 from ._corpus import TextSet, load_text
@@ -41,14 +42,14 @@ RATE_OF: dict[Optimizer, float] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@options
 class TextConfig(Config):
     """Everything that a training on text depends on. Two runs of one config give the same weights."""
 
     LENGTH: ClassVar[str] = "steps"
 
     task: Task = "text"
-    """`text`, with the options below; or `images`, which has others: `fgsgd train --help`."""
+    """`text`, with the options below; or `images`, which has others: `--task images --help`."""
     data: str = "stdlib"
     """`stdlib`, the source of Python's own standard library; a text file; a folder of text files (.txt, .md, .py, .rst,
     .tex, .csv, .json, .html or without a suffix, at any depth); or a set of texts on the Hugging Face hub (owner/set or
