@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ._norm import norm
-from ._polar import exact_below, polar_turn
+from ._polar import exact_below, identity, polar_turn
 from ._products import gram, matmul, transpose
 
 # Relative to the Frobenius norm. With the last turn that is 8 turns in float32, 9 in float64; 5 coarse ones.
@@ -40,7 +40,8 @@ def msign(y: Float[Array, "*batch n p"], coarse: bool = False) -> Float[Array, "
     def turn(y, coefficients):
         a, b, c = coefficients
         e = gram(y, y, coarse)
-        return a * y + matmul(y, b * e + c * matmul(e, e, coarse), coarse), None
+        # The first term is no pass over y this way.
+        return matmul(y, a * identity(e) + b * e + c * matmul(e, e, coarse), coarse), None
 
     unit, _ = lax.scan(turn, unit, jnp.asarray(turns, y.dtype))
     return unit if coarse else polar_turn(unit)
