@@ -28,7 +28,14 @@ UPDATES = [
     "manifold_muon",
     "hyperball",
 ]
-OTHERS = {"shared/fgsgd", "share_out/fgsgd", "weights/initialize", "weights/nearest", "weights/violation"}
+OTHERS = {
+    "shared/fgsgd",
+    "shared/slices",
+    "share_out/fgsgd",
+    "weights/initialize",
+    "weights/nearest",
+    "weights/violation",
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,4 +77,4 @@ def test_slices_are_served_by_kernels(platform):
 def test_of_shared_slices_only_norms_travel(platform):
     """Of "conv" an eighth of its size: sums over a group's matrices on other devices."""
     weights = 4 * 9 * 16 * 32
-    assert compiled(platform)["shared/fgsgd"]["gathered"] < weights / 2
+    assert compiled(platform)["shared/slices"]["gathered"] < weights / 2

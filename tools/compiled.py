@@ -104,6 +104,8 @@ def cases(devices: list) -> dict[str, Callable[[], tuple]]:
         return fg.fgsgd(0.1, plan, momentum=0.9, shardings=shared)
 
     found["shared/fgsgd"] = functools.partial(updated, with_kernels, shared)
+    # Columns of one matrix meet in its products; slices of one kernel do not.
+    found["shared/slices"] = functools.partial(updated, with_kernels, shared, rules=[RULES[0], ("*", None)])
     for name in ("adamw", "riemannian_adam", "spel", "manifold_muon"):
         found[f"shared/{name}"] = functools.partial(updated, OPTIMIZERS[name], shared)
 
