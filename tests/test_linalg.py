@@ -335,8 +335,17 @@ def test_large_products_stand_alone_on_tpu():
 
     def barriers(size, platform):
         x = jax.ShapeDtypeStruct((size, size), "float32")
-        lowered = jax.jit(linalg.matmul).trace(x, x).lower(lowering_platforms=(platform,))
+        lowered = (
+            jax.jit(lambda a, b: linalg.matmul(a, b, alone=True)).trace(x, x).lower(lowering_platforms=(platform,))
+        )
         return lowered.as_text().count("optimization_barrier")
 
     assert barriers(256, "tpu") == 2
     assert barriers(128, "tpu") == barriers(256, "cpu") == 0
+
+
+def test_large_products_have_derivatives():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((256, 256)), "float32")
+    found = jax.jit(jax.grad(lambda a, b: jnp.sum(linalg.matmul(a, b, alone=True)), (0, 1)))(x, x)
+    np.testing.assert_allclose(found[0], np.broadcast_to(np.sum(x, axis=1), x.shape), atol=1e-3)
+    np.testing.assert_allclose(found[1], np.broadcast_to(np.sum(x, axis=0)[:, None], x.shape), atol=1e-3)
