@@ -163,9 +163,8 @@ class _Module:
             return int(found[1])
         condition = self.computations[_CONDITION.search(loop.rest)[1]]
         (root,) = (each for each in condition.values() if each.root)
-        limits = [own for name in root.operands if (own := condition[name]).op == "constant"]
-        is_count = root.op == "compare" and "direction=LT" in root.rest and limits
-        return int(limits[0].arguments) if is_count else 1
+        limit = condition[root.operands[-1]] if root.op == "compare" and "direction=LT" in root.rest else root
+        return int(limit.arguments) if limit.op == "constant" and limit.type.startswith("s32[]") else 1
 
     def _moved(self, each: _Instruction, own: Computation) -> Cost:
         operands = [own[name].size for name in each.operands]
