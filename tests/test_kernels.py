@@ -261,8 +261,8 @@ def arrays(its):
     return [[getattr(layer, name) for layer in layers] for name in ("x", "w", "new_radius")]
 
 
-def operations(mixtures, x, w, radii, factor):
-    return kernels.tangent(mixtures, x, w), kernels.step(mixtures, x, w, radii, factor)
+def operations(mixtures, x, w, radii, factor, is_exact=True):
+    return kernels.tangent(mixtures, x, w, is_exact), kernels.step(mixtures, x, w, radii, factor)
 
 
 def alone(mixtures, x, w, radii, factor):
@@ -341,6 +341,8 @@ def test_products_of_few_passes_keep_the_constraint(shape, start, monkeypatch):
     # The normal part of it, and its square in that of the length.
     assert np.max(h.norm(error) / h.norm(w)) <= 2**-8
     assert np.max(np.abs(np.asarray(square) - np.asarray(its_square)) / h.norm(w) ** 2) <= 2**-16
+    (t,), _ = jax.jit(lambda: _matrices.TPU.exact.tangent(stiefel, [own]))()
+    assert np.max(h.norm(np.asarray(t, np.float64) - np.asarray(its_t)) / h.norm(w)) <= 5e-7
     step = jax.jit(lambda factor: _matrices.TPU.step(stiefel, [own], factor, False)[0][0])
     its_step = jax.jit(lambda factor: _reference.step_of(stiefel, factor, False)(exact)[0])
     for length in (1e-6, 1e-3, 0.01, 0.1, 1.0, 30.0, 1e4):
@@ -527,18 +529,19 @@ def test_what_pleases_one_compiler_is_in_no_other_program(manifolds, shape):
         assert own not in lowered(platform)
 
 
-def test_products_of_few_passes_are_those_of_the_tpu_program():
-    """Those of full precision would compile for minutes."""
+@pytest.mark.parametrize(("is_exact", "of_tangent"), [(False, 3), (True, 6 + 6)])
+def test_products_of_few_passes_are_those_of_the_tpu_program(is_exact, of_tangent):
+    """Those of full precision would compile for minutes; exact tangent vectors take six passes for each product."""
     its = example((fg.Stiefel(),), (32, 24), ((3, 5), (3, 5)), "float32")
     numbers = (*arrays(its), jnp.zeros((), jnp.float32))
-    program = jax.jit(lambda *numbers: operations(its.mixtures(), *numbers))
+    program = jax.jit(lambda *numbers: operations(its.mixtures(), *numbers, is_exact=is_exact))
     allowed = export.DisabledSafetyCheck.custom_call("LayoutConstraint")
     text = export.export(program, platforms=("tpu",), disabled_checks=[allowed])(*numbers).mlir_module()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert not any("HIGH" in line for line in products)
     # Of two layers.
-    assert sum("bf16" in line for line in products) == 2 * (3 + 3 + 4)
-    assert len(products) == 2 * (3 + 3 + 5)
+    assert sum("bf16" in line for line in products) == 2 * (of_tangent + 3 + 4)
+    assert len(products) == 2 * (of_tangent + 3 + 5)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -140,9 +140,16 @@ def test_programs_that_draw_and_move_weights_are_shared():
     np.testing.assert_allclose(drawn["layer_7"], one["layer_7"], atol=1e-6)
 
 
+def test_parts_are_stacked_and_sliced_by_calls_that_stay():
+    """XLA on CPU would inline them, and compile a kernel for each: four times as long with thousands of leaves."""
+    parts = [jnp.full((2, 3), float(n)) for n in range(100)]
+    text = jax.jit(lambda parts: kernels.unpack(2 * kernels.pack(parts))).lower(parts).compile().as_text()
+    assert len(re.findall(r" call\(", text)) == -(-100 // _many._STACKED) + -(-100 // _many._SLICED)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "limit"), [(300, 10), (3000, 25)])
-def test_the_time_of_many_leaves(count, limit, record_property):
+@pytest.mark.parametrize("count", [300, 3000])
+def test_the_time_of_many_leaves(count, record_property):
     """Seconds of the processor. XLA itself takes 20 s for the updates of 3,000 leaves by optax.adam."""
 
     def seconds(call):
@@ -159,4 +166,4 @@ def test_the_time_of_many_leaves(count, limit, record_property):
     lowered = jax.jit(tx.update).lower(params, state, params)
     taken = seconds(lambda: lowered.compile() and jnp.zeros(()))
     record_property(f"worst seconds to compile {count} leaves", taken)
-    assert taken <= limit
+    assert taken <= 10

@@ -24,11 +24,15 @@ Form = Any
 
 
 class Operation(NamedTuple):
-    """What is to be done with several layers: line 5, or (`is_step`) line 7 along a direction that may be tangent."""
+    """What is to be done with several layers: line 5, or (`is_step`) line 7 along a direction that may be tangent.
+
+    `is_exact` says that line 5 is wanted to round-off, as not only line 7 sees it.
+    """
 
     manifolds: tuple[Manifold, ...]
     is_step: bool
     is_tangent: bool = False
+    is_exact: bool = False
 
     def by(self, form: Form, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
         """The results of one form."""
@@ -38,7 +42,10 @@ class Operation(NamedTuple):
 
 
 def tangent(
-    mixtures: Sequence[Mixture], points: Sequence[Float[Array, "..."]], gradients: Sequence[Float[Array, "..."]]
+    mixtures: Sequence[Mixture],
+    points: Sequence[Float[Array, "..."]],
+    gradients: Sequence[Float[Array, "..."]],
+    is_exact: bool = True,
 ) -> Results:
     """Line 5 of Algorithm 1 for several layers: projected gradients, and the squared norm of each matrix.
 
@@ -46,13 +53,15 @@ def tangent(
       mixtures: the manifolds of each layer's matrices, with `kind` and `radius` over its batch axes.
       points: of each layer, [*batch, n, p].
       gradients: of each layer, in the shape of its points.
+      is_exact: whether the results are wanted to round-off. False leaves a part normal to the manifold, 2⁻⁸ of a
+        gradient at most, where that is faster: `step` removes it.
 
     Returns:
       The tangent vectors and the squared norms [*batch] of each layer, in the wider dtype of points and gradients, at
       least float32. Squared norms may overflow.
     """
     layers = [Layer(x, g, m.kind, _radii(m, x)) for m, x, g in zip(mixtures, points, gradients, strict=True)]
-    return _by_group(functools.partial(Operation, is_step=False), mixtures, layers, 1.0)
+    return _by_group(functools.partial(Operation, is_step=False, is_exact=is_exact), mixtures, layers, 1.0)
 
 
 def step(
@@ -142,7 +151,8 @@ def _by_platform(
     ways = {"cpu": lambda program: by(form_for(*given, program.is_shared))}
     for platform, form in _ON_ACCELERATORS.items():
         if form.serves(*given):
-            ways[platform] = lambda program, form=form: by(form)
+            own = by(form.exact if operation.is_exact else form)
+            ways[platform] = lambda program, own=own: own
     like = [layer.x for layer in layers], [layer.radius for layer in layers]
     # A loop whose length is found at run time has no derivative: that is the reference's.
     return by_platform(by(_xla), ways, like, list(layers), factor, batched=of_instances)

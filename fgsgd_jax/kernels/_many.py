@@ -1,22 +1,24 @@
 """Many small arrays of one shape as one array, and apart again.
 
 On CPU every slice of an array at a place of its own is a kernel, and so is every array that is stacked with others:
-compiling took longer than all the rest of a step. Behind fusion barriers a few are stacked and sliced at a time, so
-that all of these are the same kernels.
+compiling took longer than all the rest of a step. In calls that XLA does not inline a few are stacked and sliced at a
+time, so that all of these are the same kernels. A call has half the instructions of a `fusion_barrier`, on which much
+of the time to compile thousands of leaves was spent.
 """
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Shaped
 
 from ._by_platform import is_shared
-from ._cpu_chunks import fusion_barrier
+from ._cpu_chunks import offsets
 
 # Fewer compile in no time. Larger ones are not worth a copy.
 _FEWEST, _LARGEST = 64, 2**12
@@ -35,7 +37,9 @@ def pack(parts: Sequence[Shaped[Array, "*shape"]]) -> Shaped[Array, "parts *shap
 
     def on_cpu(*parts: Array) -> Array:
         starts = range(0, len(parts), _STACKED)
-        return jnp.concatenate([_stacked(*parts[start : start + _STACKED]) for start in starts])
+        with set_xla_metadata(inlineable="false"):
+            stacked = [_stacked(*parts[start : start + _STACKED]) for start in starts]
+        return jnp.concatenate(stacked)
 
     return lax.platform_dependent(*parts, cpu=on_cpu, default=lambda *parts: jnp.stack(parts))
 
@@ -48,7 +52,9 @@ def unpack(packed: Shaped[Array, "parts *shape"]) -> list[Shaped[Array, "*shape"
         size = min(_SLICED, count)
         # The last slice begins early, so that all are of one size.
         starts = [min(start, count - size) for start in range(0, count, size)]
-        slices = [_sliced(packed, np.uint32(start), size) for start in starts]
+        unknown = offsets([*map(operator.sub, starts[1:], starts), size])
+        with set_xla_metadata(inlineable="false"):
+            slices = [_sliced(packed, start, size) for start in unknown]
         return [slices[place // size][place - starts[place // size]] for place in range(count)]
 
     return lax.platform_dependent(packed, cpu=on_cpu, default=list)
@@ -59,9 +65,9 @@ def unpack(packed: Shaped[Array, "parts *shape"]) -> list[Shaped[Array, "*shape"
 
 @jax.jit
 def _stacked(*parts: Array) -> Array:
-    return fusion_barrier(lambda *parts: jnp.stack(parts), *parts)
+    return jnp.stack(parts)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _sliced(packed: Array, start: Array | np.uint32, size: int) -> Array:
-    return fusion_barrier(lambda packed, start: lax.dynamic_slice_in_dim(packed, start, size), packed, start)
+def _sliced(packed: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(packed, start, size)

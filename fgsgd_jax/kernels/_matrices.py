@@ -6,9 +6,10 @@ and full precision does without them. The reference takes full precision for eve
 - the Gram matrix, which says how far y is from the manifold, is exact: on TPU by four passes, since it is symmetric;
 - `y (yᵀy - 1)`, which corrects y, takes one. It is as small as the deviation: an error of 2⁻⁸ of it stays below 5e-7 in
   the last turn, and what an earlier turn leaves, the next one sees in the Gram matrix;
-- `s = sym(xᵀw)` takes one on TPU, and `x s` two, of all of x and s in bfloat16. What both round is a symmetric matrix
-  times x, 2⁻⁸ of w at most and normal to the manifold. It is no part of the tangent vector: the polar factor removes it
-  to first order, and a length sees its square. The tangent part has an error of 2⁻¹⁶ of `x s`.
+- `s = sym(xᵀw)` takes one on TPU if only the polar factor follows, and `x s` two, of all of x and s in bfloat16. What
+  both round is a symmetric matrix times x, 2⁻⁸ of w at most and normal to the manifold. It is no part of the tangent
+  vector: the polar factor removes it to first order, and a length sees its square. The tangent part has an error of
+  2⁻¹⁶ of `x s`. Where others see the tangent vector, both products take the six passes of full precision.
 
 On TPU all passes are products of bfloat16, and those that sum over rows of several squares go by squares. XLA unrolls
 the kernel of a product in VMEM, and takes 0.1 s to compile for each thousand cycles of it: three passes in one kernel
@@ -18,6 +19,9 @@ Layers are not stacked. XLA compiles a kernel once for all layers of a shape, an
 """
 
 import dataclasses
+import functools
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,9 +49,18 @@ _MOST_TURNS = 100
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """The form of a platform; `splits` says that it makes float32 products of bfloat16 ones, as a TPU does."""
+    """The form of a platform; `splits` says that it makes float32 products of bfloat16 ones, as a TPU does.
+
+    `is_exact` says that `tangent` is, to round-off.
+    """
 
     splits: bool
+    is_exact: bool = False
+
+    @property
+    def exact(self) -> "Matrices":
+        """The same form with tangent vectors to round-off."""
+        return dataclasses.replace(self, is_exact=True)
 
     def serves(self, manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
         """Whether this form serves `count` n×p matrices on these manifolds."""
@@ -68,7 +81,8 @@ class Matrices:
 
     def _by(self, cls: type["_Stiefel"], manifolds: tuple[Manifold, ...]) -> tuple[Manifold, ...]:
         # Radii are those of the layers.
-        return tuple(cls(splits=self.splits) if by_polar(manifold) else manifold for manifold in manifolds)
+        own = cls(splits=self.splits, is_exact=self.is_exact)
+        return tuple(own if by_polar(manifold) else manifold for manifold in manifolds)
 
 
 TPU, GPU = Matrices(splits=True), Matrices(splits=False)
@@ -79,13 +93,19 @@ class _Stiefel(Stiefel):
     """The same manifold. Wide matrices are not transposed, which would cost a copy of each array."""
 
     splits: bool = dataclasses.field(default=True, metadata={"static": True})
+    is_exact: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def _project(self, x, g):
         if self.splits and x.dtype == jnp.float32:
-            high, low = _split(x, 2)
-            products = _over_squares(lambda high, g: _gram(high, g, _one_pass), high, g.astype(jnp.bfloat16))
-            normal = lax.optimization_barrier(_symmetric(products).astype(jnp.bfloat16))
-            return g - _times(high, normal, _one_pass) - _times(low, normal, _one_pass)
+            count = 3 if self.is_exact else 1
+            parts = _split(x, max(2, count))
+
+            def of(*own):
+                return functools.reduce(operator.add, _passes(_gram, own[:count], own[count:]))
+
+            others = _split(g, count) if self.is_exact else [g.astype(jnp.bfloat16)]
+            normal = _split(_symmetric(_over_squares(of, *parts[:count], *others)), count)
+            return functools.reduce(operator.sub, _passes(_times, parts, normal), g)
         return g - _times(x, _symmetric(_gram(x, g, self._rough)), _exact)
 
     def _rough(self, a: Array, b: Array) -> Array:
@@ -130,6 +150,14 @@ def _polar(
     start = jnp.full((*y.shape[:-2], 1, 1), jnp.inf, y.dtype) + 0 * y[..., :1, :1]
     y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
     return y, bound <= enough
+
+
+def _passes(
+    product: Callable[[Array, Array, Product], Array], first: Sequence[Array], second: Sequence[Array]
+) -> list[Array]:
+    """The products of the parts of two arrays that are not lost to round-off, the largest first."""
+    pairs = sorted(itertools.product(range(len(first)), range(len(second))), key=sum)
+    return [product(first[i], second[j], _one_pass) for i, j in pairs if i + j < len(first)]
 
 
 def _exact_gram(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:

@@ -116,9 +116,11 @@ def on_buckets(function: Callable[..., Any], plan: Plan, trees: Sequence[ByPath]
     return automatic(by_bucket, constrained, *args, like=(constrained[0], *like))
 
 
-def project(plan: Plan, kinds: Stacks, radii: Stacks, points: Tensors, gradients: Tensors) -> Projected:
-    """Line 5: gradL(ω) = Π_ω(∂L/∂ω)."""
-    tangents, norms = kernels.tangent(*_matrices(plan, kinds, radii, points, gradients))
+def project(
+    plan: Plan, kinds: Stacks, radii: Stacks, points: Tensors, gradients: Tensors, *, is_exact: bool = True
+) -> Projected:
+    """Line 5: gradL(ω) = Π_ω(∂L/∂ω); `is_exact` as in `kernels.tangent`."""
+    tangents, norms = kernels.tangent(*_matrices(plan, kinds, radii, points, gradients), is_exact)
     return Projected(_tensors(plan, points, tangents), *refuse(plan, _like(points, norms)))
 
 

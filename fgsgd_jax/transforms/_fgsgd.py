@@ -126,7 +126,9 @@ def fgsgd(
             trees = [step.points, step.gradients] + ([] if step.momentum is None else [step.momentum])
             points, gradients, *buffers = algorithm.to_buckets(plan, *trees)
             rho, curvature = step.options.rho, step.options.curvature
-            tangents, squares, refused = algorithm.project(plan, step.kinds, step.radii, points, gradients)
+            tangents, squares, refused = algorithm.project(
+                plan, step.kinds, step.radii, points, gradients, is_exact=False
+            )
             zeta = algorithm.normalize(plan, step.groups, squares, rho, curvature)
             tangents = algorithm.scaled(plan, tangents, zeta.inverse_zeta)
             tangents = jax.tree.map(lambda t, x: t.astype(compute_dtype(x.dtype)), tangents, points)
