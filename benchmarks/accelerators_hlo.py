@@ -4,8 +4,9 @@ Bytes are those of a kernel's operands and results, by shape (without a tile's p
 main memory is counted apart, since a TPU's compiler keeps much in VMEM from one kernel to the next, S(1) in a layout,
 and that depends on what else the program does. As in XLA's own cost analysis, an operand of which a fusion reads slices
 alone counts as those slices, and a buffer that is updated in place as the update. What is computed inside a kernel
-costs nothing here. A loop's body counts as often as the compiler knows it to run, else once, and of the branches of a
-conditional the cheapest; but branches and loops are counted wherever they are. Copies that are started and awaited are
+costs nothing here. A loop's body counts as often as it runs where that is known (as the compiler says, or its
+condition: a count from zero to a constant), else once, and of the branches of a conditional the cheapest; but branches
+and loops are counted wherever they are. Copies that are started and awaited are
 no kernels: they count for main memory alone.
 """
 
@@ -18,6 +19,7 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
@@ -135,8 +137,7 @@ class _Module:
         inner = sum(parts, Cost())
         kind = each.op.removesuffix("-start")
         if each.op == "while":
-            trips = _TRIPS.search(each.rest)
-            return Cost(loops=1) + inner * (int(trips[1]) if trips else 1)
+            return Cost(loops=1) + inner * self._trips(each)
         if each.op == "conditional":
             cheapest = min(parts, key=lambda part: part.bytes)
             return dataclasses.replace(cheapest, branches=1 + inner.branches, loops=inner.loops)
@@ -155,6 +156,15 @@ class _Module:
             return Cost(memory=moved.memory)
         cycles = _CYCLES.search(each.rest)
         return Cost(1, cycles=int(cycles[1]) if cycles else 0, pallas=each.target in _PALLAS) + moved
+
+    def _trips(self, loop: _Instruction) -> int:
+        """How often a loop runs, 1 if that is not known. A TPU's compiler does not say it."""
+        if found := _TRIPS.search(loop.rest):
+            return int(found[1])
+        condition = self.computations[_CONDITION.search(loop.rest)[1]]
+        (root,) = (each for each in condition.values() if each.root)
+        limit = condition[root.operands[-1]] if root.op == "compare" and "direction=LT" in root.rest else root
+        return int(limit.arguments) if limit.op == "constant" and limit.type.startswith("s32[]") else 1
 
     def _moved(self, each: _Instruction, own: Computation) -> Cost:
         operands = [own[name].size for name in each.operands]

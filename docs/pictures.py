@@ -213,6 +213,30 @@ def draw_sizes(figure: Figure, found: Figures) -> None:
     _legend(figure, colours)
 
 
+def widths_figures() -> Figures:
+    """The losses by rate, and the best rate, of each optimizer and width."""
+    found: Figures = {}
+    for row in json.loads((RESULTS / "widths.json").read_text(encoding="utf-8"))["rows"]:
+        own = {key: row[key] for key in ("rates", "losses", "optimum")}
+        found.setdefault(row["optimizer"], {})[str(row["width"])] = own
+    return found
+
+
+def draw_widths(figure: Figure, found: Figures) -> None:
+    panels = figure.subplots(2, 2, sharex=True).ravel()
+    colours = dict(zip(found["fg.spel"], (BLUE, SKY, YELLOW, ORANGE), strict=True))
+    for axes, (name, widths) in zip(panels, found.items(), strict=True):
+        for width, own in widths.items():
+            axes.plot(own["rates"], own["losses"], color=colours[width], linewidth=1)
+            axes.axvline(own["optimum"], color=colours[width], linewidth=1, linestyle="dotted")
+        axes.set(title=name, xscale="log", yscale="log", yticks=[])
+        axes.minorticks_off()
+    for axes in panels[2:]:
+        axes.set_xlabel("learning rate")
+    figure.supylabel("loss", fontsize=10)
+    _legend(figure, {f"width {width}": colour for width, colour in colours.items()})
+
+
 # --- Benchmarks -------------------------------------------------------------------------------------------------------
 
 
@@ -480,6 +504,7 @@ PICTURES = {
     "findings_sizes": Picture(sizes_figures, draw_sizes, 3.0),
     "findings_cifar10_2000": Picture(_row_figures("compare_cifar10_2000"), draw_rows, 3.0),
     "findings_cifar10_5000": Picture(_row_figures("compare_cifar10_5000"), draw_rows, 3.0),
+    "widths": Picture(widths_figures, draw_widths, 4.2),
     "peers": Picture(peers_figures, draw_peers, 4.6),
     "updates": Picture(updates_figures, draw_updates, 5.0),
     "share": Picture(share_figures, draw_share, 1.8),

@@ -70,6 +70,22 @@ def test_cost():
     assert found.gathered == 2 * whole
 
 
+def test_loops_whose_condition_counts():
+    """A TPU's compiler does not say how often they run."""
+    condition = """%more (w: f32[8,128], turn: s32[]) -> pred[] {
+  %w = f32[8,128]{1,0} parameter(0)
+  %turn = s32[] parameter(1)
+  %limit = s32[]{:T(128)} constant(LIMIT)
+  ROOT %lt = pred[] compare(%turn, %limit), direction=LT
+}
+"""
+    own = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"3"}}', "")
+    start, end = own.index("%more"), own.index("ENTRY")
+    assert cost(own).launches == 4
+    # Three turns, and a comparison before each.
+    assert cost(own[:start] + condition.replace("LIMIT", "3") + own[end:]).launches == 6 + 3
+
+
 def test_sizes():
     assert size("(f32[2,3]{1,0}, bf16[4]{0:T(256)S(1)}, s8[], pred[5])").bytes == 24 + 8 + 1 + 5
     assert size("bf16[4]{0:T(256)S(1)}").memory == 0

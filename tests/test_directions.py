@@ -59,8 +59,10 @@ def test_msign_is_the_polar_factor(shape, dtype, limit):
     found = msign(jnp.asarray(y, dtype), False)
     assert found.dtype == dtype
     np.testing.assert_allclose(found, h.polar(y), rtol=0, atol=limit)
-    coarse = np.linalg.svd(np.asarray(msign(jnp.asarray(y, dtype), True), np.float64), compute_uv=False)
-    assert np.abs(coarse - 1).max() <= 0.15
+    # A CPU's products are exact. Matrices of bfloat16 round more often than the products of a TPU.
+    for rough, most in ((dtype, 0.15), ("bfloat16", 0.16)):
+        coarse = np.linalg.svd(np.asarray(msign(jnp.asarray(y, rough), True), np.float64), compute_uv=False)
+        assert np.abs(coarse - 1).max() <= most
 
 
 def test_msign_has_no_direction_where_there_is_none():

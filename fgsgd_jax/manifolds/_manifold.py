@@ -348,8 +348,8 @@ class Manifold(abc.ABC):
           g: any matrices, such as gradients.
           method: `"polar"` or `"dual"`; they differ on Stiefel alone.
           tangent: whether `g` is projected first. False: the direction of `g` itself, not for `"dual"`.
-          coarse: whether to compute in bfloat16, not for `"dual"`: singular values above 1e-3 of the Frobenius norm
-            end within 15 % of 1.
+          coarse: whether products take JAX's default precision, not for `"dual"`: singular values above 1e-3 of the
+            Frobenius norm end within 15 % of 1.
 
         Example:
           >>> import jax.numpy as jnp

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from ..linalg import gram, identity, largest, matmul, msign, norm, symmetric
 
-# Of the maximum: what the vector found may lack of it.
+# What the result may lack of the maximum, as a share of it.
 _TOLERANCE = 1e-4
 _MOST_TURNS = 300
 # Over-relaxation as Boyd et al. (2011), section 3.4.3, advise.
@@ -16,11 +16,11 @@ _RELAXATION = 1.6
 def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
     """The tangent vector `a` at `x` (n ≥ p) with `‖a‖₂ ≤ 1` for which `<t, a>` is largest, within 1e-4 of it.
 
-    Its Lagrangian says `a = msign(t + 2xΛ)`, with Λ symmetric, moved along `xᵀa + aᵀx` until that vanishes. But where
-    `t + 2xΛ` loses rank at the solution, which for n < 2p is the rule, no Λ gives a tangent `a`, and the ascent goes to
-    and fro. So it is done on the augmented Lagrangian (alternating directions): `a` in the tangent space, `b` in the
-    ball, and the multiplier `u` of `a = b`, whose part normal to the manifold is xΛ. What is returned is `b` projected
-    and shortened into the ball. A bound of the maximum by `u` says when to stop.
+    By its Lagrangian `a = msign(t + 2xΛ)`, with a symmetric Λ that ascends along `xᵀa + aᵀx` until that vanishes. But
+    where `t + 2xΛ` loses rank at the solution, which for n < 2p is the rule, no Λ gives a tangent `a`, and the ascent
+    oscillates. So it is done on the augmented Lagrangian (alternating directions): `a` in the tangent space, `b` in the
+    ball, and the multiplier `u` of `a = b`, whose part normal to the manifold is xΛ. The result is `b`, projected and
+    shortened into the ball. An upper bound of the maximum, found from `u`, says when to stop.
 
     References:
       Bernstein, Modular Manifolds, 2025 (the problem and its dual).
@@ -30,7 +30,7 @@ def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"
     n, p = t.shape[-2:]
     if n == p:
         # t = xΩ, and the sign of a skew matrix is skew, up to what it makes of round-off where Ω is singular.
-        return tangent(x, start)
+        return tangent(x, start, alone=True)
     nuclear = _inner(t, start)
     # To a mean singular value of 1: then the penalty of the augmented Lagrangian is well chosen as 1.
     t = p * t / jnp.where(nuclear > 0, nuclear, 1)
@@ -41,14 +41,14 @@ def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"
 
     def turn(carry):
         b, u, _, _, turns = carry
-        a = t + tangent(x, b - u)
+        a = t + tangent(x, b - u, alone=True)
         y = _RELAXATION * a + (1 - _RELAXATION) * b + u
         b = _into_ball(y)
         u = y - b
-        projected = tangent(x, b)
+        projected = tangent(x, b, alone=True)
         found = projected / (1 + norm(b - projected, (-2, -1), keepdims=True))
         # Singular vectors of u are those of b to singular values of 1.
-        most = _inner(u, b) + p**0.5 * norm(tangent(x, u) - t, (-2, -1), keepdims=True)
+        most = _inner(u, b) + p**0.5 * norm(tangent(x, u, alone=True) - t, (-2, -1), keepdims=True)
         gap = jnp.where(nuclear > 0, 1 - _inner(t, found) / jnp.where(most > 0, most, 1), 0)
         return b, u, found, gap, turns + 1
 
@@ -60,14 +60,16 @@ def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"
 def _into_ball(y: Array) -> Array:
     """The nearest matrix of spectral norm 1 or less: singular values above 1 become 1."""
     sign = msign(y)
-    length = symmetric(gram(y, sign))
+    length = symmetric(gram(y, sign, alone=True))
     # min(σ, 1) = (σ + 1 - (σ - 1) sign(σ - 1)) / 2.
-    return (y + sign - matmul(y - sign, msign(length - identity(length)))) / 2
+    return (y + sign - matmul(y - sign, msign(length - identity(length)), alone=True)) / 2
 
 
-def tangent(x: Float[Array, "*batch n p"], w: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
-    """The part of `w` in the tangent space at `x`."""
-    return w - matmul(x, symmetric(gram(x, w)))
+def tangent(
+    x: Float[Array, "*batch n p"], w: Float[Array, "*batch n p"], coarse: bool = False, alone: bool = False
+) -> Float[Array, "*batch n p"]:
+    """The part of `w` in the tangent space at `x`; options as of `matmul`."""
+    return w - matmul(x, symmetric(gram(x, w, coarse, alone)), coarse, alone)
 
 
 def _inner(a: Array, b: Array) -> Array:

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from ..groups import as_rules, by_path
+from ..groups import Plan, as_rules, by_path
 from ._call import PlanOrRules, started
 from ._project import refuse
 from ._rescale import rescaled
 from ._rescaling import InitialRadii, Rescaling, options
 from ._retract import retract
 from ._spel import in_plan
+from ._states import ByPath
 from ._steepest import steepest
 
 
@@ -82,32 +83,9 @@ def hyperball(
         start = started("fg.hyperball", plan, params)
         # Inside jit, even what is made of known numbers would be traced.
         with jax.ensure_compile_time_eval():
-            if start.leaves and not any(map(is_unknown, start.leaves.values())):
-                check_no_decay_inside(start.plan, params)
+            if start.leaves and not _any_unknown(start.leaves):
+                _check_no_decay(inner, start.plan, params)
         return inner.init(params)
-
-    def check_no_decay_inside(plan: Any, params: Any) -> None:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        try:
-            updates, _ = inner.update(zeros, inner.init(params), params)
-        except TypeError:
-            # It needs arguments that only a training step has.
-            return
-        moved, weights = by_path(updates), by_path(params)
-        if any(map(is_unknown, moved.values())):
-            return
-        for path in (path for path, collection in plan.collections.items() if collection.constrained):
-            u, w = (jnp.ravel(tree[path]).astype(jnp.float32) for tree in (moved, weights))
-            # Without a gradient nothing but a decay moves a weight straight towards zero.
-            if float(-u @ w) > 0.99 * float(jnp.linalg.norm(u) * jnp.linalg.norm(w)) > 0:
-                raise ValueError(
-                    f"fg.hyperball: {path} decays in the optimizer inside. Weights keep their norm here, so that decay "
-                    "only shortens the part of the update that moves them. Leave it to the other leaves, as in "
-                    "optax.adamw(1e-3, mask=plan.mask)"
-                )
-
-    def is_unknown(leaf: Any) -> bool:
-        return isinstance(leaf, (Tracer, jax.ShapeDtypeStruct))
 
     return optax.chain(
         refuse("fg.hyperball", plan),
@@ -117,3 +95,27 @@ def hyperball(
         retract(plan, share_out=share_out),
         rescaled("fg.hyperball", plan, *options("fg.hyperball", rescaling, initial_radii, {})),
     )
+
+
+def _check_no_decay(inner: optax.GradientTransformationExtraArgs, plan: Plan, params: Any) -> None:
+    """Raises if the optimizer inside moves a constrained weight towards zero where there is no gradient."""
+    try:
+        updates, _ = inner.update(jax.tree.map(jnp.zeros_like, params), inner.init(params), params)
+    except TypeError:
+        # It needs arguments that only a training step has.
+        return
+    moved, weights = by_path(updates), by_path(params)
+    if _any_unknown(moved):
+        return
+    for path in (path for path, collection in plan.collections.items() if collection.constrained):
+        u, w = (jnp.ravel(tree[path]).astype(jnp.float32) for tree in (moved, weights))
+        if float(-u @ w) > 0.99 * float(jnp.linalg.norm(u) * jnp.linalg.norm(w)) > 0:
+            raise ValueError(
+                f"fg.hyperball: {path} decays in the optimizer inside. Weights keep their norm here, so that decay "
+                "only shortens the part of the update that moves them. Leave it to the other leaves, as in "
+                "optax.adamw(1e-3, mask=plan.mask)"
+            )
+
+
+def _any_unknown(leaves: ByPath) -> bool:
+    return any(isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) for leaf in leaves.values())

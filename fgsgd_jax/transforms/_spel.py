@@ -7,7 +7,6 @@ import jax
 import optax
 
 from ..groups import as_plan, as_rules, by_path, unboxed
-from ..manifolds import Steepest
 from ._call import PlanOrRules
 from ._project import refuse
 from ._rescale import rescaled
@@ -51,7 +50,7 @@ def spel(
       plan: the plan of the parameters, or its rules.
       momentum: μ.
       nesterov: whether to look ahead, as in `optax.trace`.
-      coarse: products of directions in bfloat16; see `steepest`.
+      coarse: directions by coarser products, as Muon's are on TPU and GPU; see `steepest`.
       free: the optimizer of the leaves without a collection, with its own learning rate; None for
         `optax.adam(learning_rate)`.
       weight_decay: refused: on a manifold of fixed norm it is normal to the manifold and does nothing. Give it to
@@ -81,20 +80,8 @@ def spel(
       >>> bool(fg.violation(params, rules)["kernel"] < 1e-6)
       True
     """
-    check_no_decay("fg.spel", weight_decay)
-    return _descent(
-        "fg.spel",
-        learning_rate,
-        as_rules(plan),
-        "polar",
-        momentum,
-        nesterov=nesterov,
-        coarse=coarse,
-        free=free,
-        rescaling=rescaling,
-        initial_radii=initial_radii,
-        share_out=share_out,
-    )
+    rest = free, weight_decay, rescaling, initial_radii, share_out
+    return _descent("fg.spel", plan, steepest(plan, coarse=coarse), learning_rate, momentum, nesterov, *rest)
 
 
 def manifold_muon(
@@ -155,42 +142,30 @@ def manifold_muon(
       >>> bool(fg.violation(params, rules)["kernel"] < 1e-6)
       True
     """
-    check_no_decay("fg.manifold_muon", weight_decay)
-    return _descent(
-        "fg.manifold_muon",
-        learning_rate,
-        as_rules(plan),
-        "dual",
-        momentum,
-        nesterov=nesterov,
-        coarse=False,
-        free=free,
-        rescaling=rescaling,
-        initial_radii=initial_radii,
-        share_out=share_out,
-    )
+    rest = free, weight_decay, rescaling, initial_radii, share_out
+    return _descent("fg.manifold_muon", plan, steepest(plan, "dual"), learning_rate, momentum, nesterov, *rest)
 
 
 def _descent(
     link: str,
-    learning_rate: optax.ScalarOrSchedule,
     plan: PlanOrRules,
-    method: Steepest,
+    direction: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
     momentum: Scalar,
-    *,
     nesterov: bool,
-    coarse: bool,
     free: optax.GradientTransformation | None,
+    weight_decay: Scalar | None,
     rescaling: Rescaling | None,
     initial_radii: InitialRadii,
     share_out: jax.sharding.Mesh | None,
 ) -> optax.GradientTransformationExtraArgs:
-    free = optax.adam(learning_rate) if free is None else free
+    _check_no_decay(link, weight_decay)
+    plan = as_rules(plan)
     return optax.chain(
         refuse(link, plan),
-        optax.masked(free, in_plan(plan, False)),
+        optax.masked(optax.adam(learning_rate) if free is None else free, in_plan(plan, False)),
         optax.masked(optax.trace(momentum, nesterov), in_plan(plan)),
-        steepest(plan, method, coarse=coarse),
+        direction,
         optax.masked(optax.scale_by_learning_rate(learning_rate), in_plan(plan)),
         retract(plan, share_out=share_out),
         rescaled(link, plan, *options(link, rescaling, initial_radii, {})),
@@ -207,7 +182,7 @@ def in_plan(plan: PlanOrRules, collected: bool = True) -> Callable[[Any], Any]:
     return mask
 
 
-def check_no_decay(link: str, weight_decay: Any) -> None:
+def _check_no_decay(link: str, weight_decay: Any) -> None:
     """Raises for any weight decay."""
     if weight_decay is not None and not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
         raise ValueError(

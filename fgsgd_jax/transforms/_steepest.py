@@ -42,8 +42,9 @@ def steepest(
       plan: the plan of the parameters, or its rules.
       method: `"polar"` or `"dual"`; they differ on Stiefel alone, and there not for square matrices.
       tangent: whether to project first. False gives the direction of g itself; not for `"dual"`.
-      coarse: whether to compute msign and its projection in bfloat16; not for `"dual"`. Singular values above 1e-3 of
-        the Frobenius norm end within 15 % of 1. Weights stay exactly on their manifolds.
+      coarse: whether msign and its projection take JAX's default precision (bfloat16 on TPU, TF32 on GPU) and five
+        turns instead of eight; not for `"dual"`. Singular values above 1e-3 of the Frobenius norm end within 15 % of 1.
+        Weights stay exactly on their manifolds. On a TPU an exact product takes six passes, a coarse one a single one.
 
     Returns:
       A transformation whose `update` needs `params`, to put behind the momentum and before the learning rate.
