@@ -328,24 +328,3 @@ def test_many_matrices_side_by_side_come_to_an_end():
     """
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
     subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], env=environment, timeout=200, check=True)
-
-
-def test_large_products_stand_alone_on_tpu():
-    """XLA takes long to compile them where it fuses them; what a CPU does is left as it is."""
-
-    def barriers(size, platform):
-        x = jax.ShapeDtypeStruct((size, size), "float32")
-        lowered = (
-            jax.jit(lambda a, b: linalg.matmul(a, b, alone=True)).trace(x, x).lower(lowering_platforms=(platform,))
-        )
-        return lowered.as_text().count("optimization_barrier")
-
-    assert barriers(256, "tpu") == 2
-    assert barriers(128, "tpu") == barriers(256, "cpu") == 0
-
-
-def test_large_products_have_derivatives():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((256, 256)), "float32")
-    found = jax.jit(jax.grad(lambda a, b: jnp.sum(linalg.matmul(a, b, alone=True)), (0, 1)))(x, x)
-    np.testing.assert_allclose(found[0], np.broadcast_to(np.sum(x, axis=1), x.shape), atol=1e-3)
-    np.testing.assert_allclose(found[1], np.broadcast_to(np.sum(x, axis=0)[:, None], x.shape), atol=1e-3)

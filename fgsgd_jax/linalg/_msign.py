@@ -39,10 +39,10 @@ def msign(y: Float[Array, "*batch n p"], coarse: bool = False) -> Float[Array, "
 
     def turn(y, coefficients):
         a, b, c = coefficients
-        e = gram(y, y, coarse, alone=True)
+        e = gram(y, y, coarse)
         # The first term is no pass over y this way.
-        polynomial = a * identity(e) + b * e + c * matmul(e, e, coarse, alone=True)
-        return matmul(y, polynomial, coarse, alone=True), None
+        polynomial = a * identity(e) + b * e + c * matmul(e, e, coarse)
+        return matmul(y, polynomial, coarse), None
 
     unit, _ = lax.scan(turn, unit, jnp.asarray(turns, y.dtype))
     return unit if coarse else polar_turn(unit)

@@ -103,7 +103,7 @@ def polar_iteration(
 
 def polar_turn(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
     """One turn: exact to round-off where the Gram matrix is within `exact_below` of the identity."""
-    return y + matmul(y, _root(deviation(y, alone=True))[0], alone=True)
+    return y + matmul(y, _root(deviation(y))[0])
 
 
 def exact_below(dtype: jnp.dtype) -> float:
@@ -119,13 +119,13 @@ def _root(e: Array, third_order: bool = False) -> tuple[Array, Array]:
     return -e / 2 + 3 / 8 * square - 5 / 16 * matmul(e, square), square
 
 
-def deviation(y: Float[Array, "*batch n p"], alone: bool = False) -> Float[Array, "*batch p p"]:
+def deviation(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch p p"]:
     """`yᵀy - I`; the diagonal of tall matrices is summed as Σ(y² - 1/n).
 
     The sum of squares rounds every partial sum relative to 1, and all in one direction: that is 1e-6 at n = 768 in
     float32. These partial sums stay small: 1e-7.
     """
-    products = gram(y, y, alone=alone)
+    products = gram(y, y)
     e = products - identity(products)
     if (n := y.shape[-2]) < _TALL:
         return e

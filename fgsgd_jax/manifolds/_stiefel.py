@@ -124,7 +124,7 @@ class Stiefel(Manifold):
 
     def _steepest(self, x, g, method, tangent, coarse):
         x, g, back = _tall(x, g)
-        g = _tangent(x, g, coarse, alone=True) if tangent else g
+        g = _tangent(x, g, coarse) if tangent else g
         return back(steepest_tangent(x, g) if method == "dual" else msign(g, coarse))
 
     def _violation(self, x):

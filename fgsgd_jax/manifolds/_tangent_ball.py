@@ -30,7 +30,7 @@ def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"
     n, p = t.shape[-2:]
     if n == p:
         # t = xΩ, and the sign of a skew matrix is skew, up to what it makes of round-off where Ω is singular.
-        return tangent(x, start, alone=True)
+        return tangent(x, start)
     nuclear = _inner(t, start)
     # To a mean singular value of 1: then the penalty of the augmented Lagrangian is well chosen as 1.
     t = p * t / jnp.where(nuclear > 0, nuclear, 1)
@@ -41,14 +41,14 @@ def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"
 
     def turn(carry):
         b, u, _, _, turns = carry
-        a = t + tangent(x, b - u, alone=True)
+        a = t + tangent(x, b - u)
         y = _RELAXATION * a + (1 - _RELAXATION) * b + u
         b = _into_ball(y)
         u = y - b
-        projected = tangent(x, b, alone=True)
+        projected = tangent(x, b)
         found = projected / (1 + norm(b - projected, (-2, -1), keepdims=True))
         # Singular vectors of u are those of b to singular values of 1.
-        most = _inner(u, b) + p**0.5 * norm(tangent(x, u, alone=True) - t, (-2, -1), keepdims=True)
+        most = _inner(u, b) + p**0.5 * norm(tangent(x, u) - t, (-2, -1), keepdims=True)
         gap = jnp.where(nuclear > 0, 1 - _inner(t, found) / jnp.where(most > 0, most, 1), 0)
         return b, u, found, gap, turns + 1
 
@@ -60,16 +60,16 @@ def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"
 def _into_ball(y: Array) -> Array:
     """The nearest matrix of spectral norm 1 or less: singular values above 1 become 1."""
     sign = msign(y)
-    length = symmetric(gram(y, sign, alone=True))
+    length = symmetric(gram(y, sign))
     # min(σ, 1) = (σ + 1 - (σ - 1) sign(σ - 1)) / 2.
-    return (y + sign - matmul(y - sign, msign(length - identity(length)), alone=True)) / 2
+    return (y + sign - matmul(y - sign, msign(length - identity(length)))) / 2
 
 
 def tangent(
-    x: Float[Array, "*batch n p"], w: Float[Array, "*batch n p"], coarse: bool = False, alone: bool = False
+    x: Float[Array, "*batch n p"], w: Float[Array, "*batch n p"], coarse: bool = False
 ) -> Float[Array, "*batch n p"]:
     """The part of `w` in the tangent space at `x`; options as of `matmul`."""
-    return w - matmul(x, symmetric(gram(x, w, coarse, alone)), coarse, alone)
+    return w - matmul(x, symmetric(gram(x, w, coarse)), coarse)
 
 
 def _inner(a: Array, b: Array) -> Array:
