@@ -48,7 +48,9 @@ OPTIMIZERS = {
 
 SHARED_OUT = {
     "fgsgd": lambda plan, mesh: fg.fgsgd(0.5, plan, momentum=0.9, share_out=mesh),
-    "chain": lambda plan, mesh: optax.chain(fg.project(plan), optax.sgd(0.5), fg.retract(plan, mesh), fg.rescale(plan)),
+    "chain": lambda plan, mesh: optax.chain(
+        fg.project(plan), optax.sgd(0.5), fg.retract(plan, share_out=mesh), fg.rescale(plan)
+    ),
     "adam": lambda plan, mesh: fg.on_manifolds(optax.adam(0.1), plan, share_out=mesh),
 }
 
