@@ -196,7 +196,15 @@ def test_bad_options_fail_when_built(options, named):
 
 @pytest.mark.parametrize(
     "options",
-    [{"every": 0}, {"every": 2.5}, {"floor": -1.0}, {"max_change": 1.0}, {"max_change": -2.0}, {"warmup": (0, 5)}],
+    [
+        {"every": 0},
+        {"every": 2.5},
+        {"floor": -1.0},
+        {"max_change": 1.0},
+        {"max_change": -2.0},
+        {"warmup": (0, 5)},
+        {"warmup": 5},
+    ],
     ids=str,
 )
 def test_bad_options_of_rescaling_fail_when_built(options, monkeypatch):

@@ -4,6 +4,8 @@ import dataclasses
 import warnings
 from typing import Any, Literal
 
+import numpy as np
+
 InitialRadii = Literal["gamma", "fitted"]
 
 
@@ -65,7 +67,7 @@ class Rescaling:
             raise ValueError(
                 f"Rescaling(max_change={self.max_change!r}): give a factor above 1, 'auto', or None for no limit"
             )
-        if self.warmup is not None and not (len(self.warmup) == 2 and min(self.warmup) >= 1):
+        if self.warmup is not None and not (np.shape(self.warmup) == (2,) and min(self.warmup) >= 1):
             raise ValueError(
                 f"Rescaling(warmup={self.warmup!r}): give (applied updates per change, applied updates it lasts)"
             )
