@@ -16,6 +16,8 @@ MODELS = {
     "ResNet-20": ("resnet20", {"sgd": {"scheme": "euc"}, "fgsgd": PIO, "fgsgd with λ": PIO | {"lambda_": "epoch"}}),
 }
 BATCH = 128
+# What a step of ResNet-20 leaves to be freed takes 20 ms, as long as seven updates.
+PAUSE = 0.5
 
 
 def images(count, size=32):
@@ -71,7 +73,7 @@ def _measure(record, case, model, arms, batch, size, repeats, seconds):
         name: Arm(TrainConfig(model=model, batch_size=batch, augment="none", **settings), data)
         for name, settings in arms.items()
     }
-    found = side_by_side(made | {"update alone": made["fgsgd"].update()}, repeats, seconds)
+    found = side_by_side(made | {"update alone": made["fgsgd"].update()}, repeats, seconds, pause=PAUSE)
     found = {
         name: [time / (made[name].steps if name in made else 1) for time in times] for name, times in found.items()
     }

@@ -19,12 +19,14 @@ def side_by_side(
     repeats: int,
     at_most: float = float("inf"),
     again: dict[str, list[float]] | None = None,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of every repeat of every program. They take turns; a first turn, in which caches fill, does not count.
 
     After `at_most` seconds no further turn begins, but every program has been measured once. What a program finds in
     the caches is what the others left, as an update finds what a training step left. If `again` is given, each runs
-    once more at once, with caches of its own, and these seconds go there.
+    once more at once, with caches of its own, and these seconds go there. Before every program is a pause, in seconds:
+    XLA frees the memory of a large program after its results are there, at the cost of what runs next.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     begun, short = time.perf_counter(), set()
@@ -32,6 +34,7 @@ def side_by_side(
         if turn > 1 and time.perf_counter() - begun > at_most:
             break
         for name, program in programs.items():
+            time.sleep(pause)
             seconds[name].append(_seconds(program))
             if again is not None and name in short:
                 again.setdefault(name, []).append(_seconds(program))

@@ -577,7 +577,7 @@ def document() -> str:
 
 MANY_LEAVES = """## Many leaves
 
-What leaves St(8, 8) cost before the first step: seconds of the processor on {cores} cores, the least of {runs} runs in
+What leaves St(8, 8) cost before the first step: seconds of the processor on {cores}, the least of {runs} runs in
 processes of their own ([figures](../benchmarks/results/many_leaves.json), by
 [`benchmarks/many_leaves.py`](../benchmarks/many_leaves.py)). The first `fg.initialize` takes {initialize} s for
 {counts} leaves, the first `fg.nearest` {nearest} s: leaves of one shape share their programs.
@@ -601,7 +601,7 @@ def many_leaves() -> str:
         return f"{min(run[what]['cpu'] for run in runs):.1f}" if runs else "—"
 
     text = MANY_LEAVES.format(
-        cores=found["machine"]["cores used"],
+        cores="one core" if found["machine"]["cores used"] == 1 else f"{found['machine']['cores used']} cores",
         runs=len(rows[0]["runs"]),
         counts=" and ".join(f"{count:,}" for count in counts),
         columns=" | ".join(f"{count:,} leaves" for count in counts),
