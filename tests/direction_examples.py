@@ -7,11 +7,9 @@ import jax
 import numpy as np
 
 import fgsgd_jax as fg
-from fgsgd_jax import linalg
 
 MANIFOLDS = {"euclidean": fg.Euclidean, "sphere": fg.Sphere, "oblique": fg.Oblique, "stiefel": fg.Stiefel}
 WHOLE = "i o -> 1 1 i o"
-msign = jax.jit(linalg.msign, static_argnums=1)
 
 
 @functools.cache

@@ -12,7 +12,10 @@ import scipy.optimize
 from direction_examples import MANIFOLDS, directions, examples, steepest
 
 import fgsgd_jax as fg
+from fgsgd_jax import linalg
 from fgsgd_jax.manifolds import _tangent_ball, check_steepest
+
+msign = jax.jit(linalg.msign, static_argnums=1)
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (4, 7), (5, 1), (1, 5), (24, 16)], ids=str)
