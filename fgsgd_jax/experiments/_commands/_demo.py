@@ -46,7 +46,7 @@ left. Mixing manifolds adds nothing to slicing: spheres for every slice do as we
 class Demo(Command):
     """Train free weights and FG-SGD on 250 digits: a table, and a picture."""
 
-    seeds: int = 6
+    seeds: int = 16
     """Trainings of each of the two."""
     epochs: int = 280
     """How often every image is seen: one step each."""
