@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import fgsgd_jax as fg
@@ -51,6 +52,29 @@ def test_an_iterator_is_read_once():
     rules = as_rules(rule for rule in RULES)
     assert as_plan(rules, PARAMS) is as_plan(rules, PARAMS)
     assert as_plan(rules, PARAMS) == fg.plan(PARAMS, RULES)
+
+
+FACTORIES = {
+    "project": fg.project,
+    "normalize_by_zeta": fg.normalize_by_zeta,
+    "steepest": fg.steepest,
+    "retract": fg.retract,
+    "rescale": fg.rescale,
+    "fgsgd": lambda rules: fg.fgsgd(0.1, rules, momentum=0.9),
+    "on_manifolds": lambda rules: fg.on_manifolds(optax.adam(0.1), rules),
+    "riemannian_adam": lambda rules: fg.riemannian_adam(0.1, rules),
+    "spel": lambda rules: fg.spel(0.1, rules),
+    "manifold_muon": lambda rules: fg.manifold_muon(0.1, rules),
+    "hyperball": lambda rules: fg.hyperball(optax.adam(0.1), rules),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_factory_reads_an_iterator_once(name, lenient_promotion):
+    tx = FACTORIES[name](rule for rule in RULES)
+    state = jax.eval_shape(tx.init, PARAMS)
+    updates, _ = jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, PARAMS)
 
 
 def test_rules_may_be_predicates_without_a_hash():

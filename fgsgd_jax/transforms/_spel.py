@@ -80,6 +80,7 @@ def spel(
       >>> bool(fg.violation(params, rules)["kernel"] < 1e-6)
       True
     """
+    plan = as_rules(plan)
     rest = free, weight_decay, rescaling, initial_radii, share_out
     return _descent("fg.spel", plan, steepest(plan, coarse=coarse), learning_rate, momentum, nesterov, *rest)
 
@@ -142,6 +143,7 @@ def manifold_muon(
       >>> bool(fg.violation(params, rules)["kernel"] < 1e-6)
       True
     """
+    plan = as_rules(plan)
     rest = free, weight_decay, rescaling, initial_radii, share_out
     return _descent("fg.manifold_muon", plan, steepest(plan, "dual"), learning_rate, momentum, nesterov, *rest)
 
@@ -160,7 +162,6 @@ def _descent(
     share_out: jax.sharding.Mesh | None,
 ) -> optax.GradientTransformationExtraArgs:
     _check_no_decay(link, weight_decay)
-    plan = as_rules(plan)
     return optax.chain(
         refuse(link, plan),
         optax.masked(optax.adam(learning_rate) if free is None else free, in_plan(plan, False)),
