@@ -16,7 +16,7 @@ MODELS = {
     "ResNet-20": ("resnet20", {"sgd": {"scheme": "euc"}, "fgsgd": PIO, "fgsgd with λ": PIO | {"lambda_": "epoch"}}),
 }
 BATCH = 128
-# What a step of ResNet-20 leaves to be freed takes 20 ms, as long as seven updates.
+# To free what a step leaves takes longer than an update: seven times as long with ResNet-20.
 PAUSE = 0.5
 
 

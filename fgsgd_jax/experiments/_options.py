@@ -1,3 +1,5 @@
+"""Classes of command-line options, with a help that is wrapped and not broken."""
+
 import dataclasses
 from types import MappingProxyType
 from typing import TypeVar, dataclass_transform
