@@ -17,3 +17,4 @@ from ._descend import (
 from ._many import are_many as are_many, pack as pack, unpack as unpack
 from ._pallas_layer import LayerType as LayerType, Planes as Planes
 from ._values import stack as stack, unstack as unstack
+from ._zeta import reciprocal_zeta as reciprocal_zeta

@@ -133,13 +133,6 @@ class Points:
         return values
 
 
-def reciprocal_zeta(squares: Array, rho: Array, curvature: Array) -> tuple[Array, Array]:
-    """1/ζ and R of groups by their R²: line 6, as `transforms._zeta.reciprocal_zeta`."""
-    r = jnp.minimum(jnp.sqrt(squares), float(jnp.finfo(squares.dtype).max))
-    root_gamma = jnp.maximum(2 * rho + r, jnp.sqrt(jnp.maximum(0, 1 + curvature * (rho + r))))
-    return 1 / jnp.maximum(1, r * root_gamma), r
-
-
 def _unit(y: list[Array], x: list[Array]) -> list[Array]:
     """The vector y over its length; where that cannot be computed x, or one of equal entries if x is far from unit."""
     squares = _dot(y, y)

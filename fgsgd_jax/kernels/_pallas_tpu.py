@@ -20,8 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from ._pallas_entries import Entries, Points, masked, reciprocal_zeta, squared_norm
+from ._pallas_entries import Entries, Points, masked, squared_norm
 from ._pallas_layer import Descended, LayerType, Moved, Planes
+from ._zeta import reciprocal_zeta
 
 # What a vector register holds: this many rows of 32-bit numbers, and so many lanes.
 _ROWS, _LANES = 8, 128

@@ -18,7 +18,7 @@ from ..groups import Bucket, Plan, Stacks, automatic, buckets, widest, with_radi
 from ..linalg import largest, squared_norm
 from ..manifolds import Mixture, Steepest, compute_dtype
 from ._states import ByPath, Refused
-from ._zeta import Scalar, of_groups, reciprocal_zeta
+from ._zeta import Scalar, of_groups
 
 # Of each bucket the tensors of its parameters, or one tensor [paths, *shape] of them all.
 Tensors = tuple[tuple[Array, ...], ...]
@@ -154,10 +154,12 @@ def normalize(plan: Plan, groups: Stacks, squares: Stacks, rho: Scalar, curvatur
     for bucket, group, square in zip(buckets(plan), groups, squares, strict=True):
         by_place = bucket.grouping in ("layer", "matrix")
         own, tables = of_groups(bucket.flat(square), None if by_place else bucket.flat(group), bucket)
-        scale = reciprocal_zeta(jnp.sqrt(own), rho, curvature)
+        scale, _ = kernels.reciprocal_zeta(own, rho, curvature)
         inverse_zeta.append(bucket.unflat(jnp.broadcast_to(scale, (len(scale), *bucket.view.grid[:2]))))
-        r = jnp.sqrt(jnp.concatenate([bucket.by_path(table) for table in tables], axis=1))
-        above = jnp.sum(reciprocal_zeta(r, rho, curvature) < 1, axis=1, dtype=r.dtype)
+        scales, r = kernels.reciprocal_zeta(
+            jnp.concatenate([bucket.by_path(table) for table in tables], axis=1), rho, curvature
+        )
+        above = jnp.sum(scales < 1, axis=1, dtype=r.dtype)
         shares.append(above / bucket.num_groups)
         norms.append(largest(jnp.where(jnp.isnan(r), 0, r), 1))
     return Normalized(tuple(inverse_zeta), _figure(shares), _figure(norms))

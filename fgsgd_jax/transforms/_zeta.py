@@ -1,4 +1,4 @@
-"""Line 6 of Algorithm 1: the gradient's norm over a group, and its normalization by ζ."""
+"""Line 6 of Algorithm 1: the gradient's squared norm over a group."""
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +45,3 @@ def of_groups(
         own = jnp.where(group == code, sums, own)
         tables.append(jnp.squeeze(sums, axis))
     return own, tables
-
-
-def reciprocal_zeta(r: Float[Array, "..."], rho: Scalar, curvature: Scalar) -> Float[Array, "..."]:
-    """1/ζ with ζ = max(1, R² Γ)^½ and Γ = max((2ρ + R)², 1 + c(ρ + R)): eqs. 5 and 7."""
-    # Where R is infinite, 0·∞ would be NaN; where ζ overflows, nothing is left of the step.
-    r = jnp.minimum(r, jnp.finfo(r.dtype).max)
-    root_gamma = jnp.maximum(2 * rho + r, jnp.sqrt(jnp.maximum(0, 1 + curvature * (rho + r))))
-    return 1 / jnp.maximum(1, r * root_gamma)
