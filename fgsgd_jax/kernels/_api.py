@@ -34,12 +34,6 @@ class Operation(NamedTuple):
     is_tangent: bool = False
     is_exact: bool = False
 
-    def by(self, form: Form, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
-        """The results of one form."""
-        if self.is_step:
-            return form.step(self.manifolds, layers, factor, self.is_tangent)
-        return form.tangent(self.manifolds, layers)
-
 
 def tangent(
     mixtures: Sequence[Mixture],
@@ -160,4 +154,6 @@ def _by_platform(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _run(form: Form, operation: Operation, layers: Sequence[Layer], factor: Float[Array, ""]) -> Results:
-    return operation.by(form, layers, factor)
+    if operation.is_step:
+        return form.step(operation.manifolds, layers, factor, operation.is_tangent)
+    return form.tangent(operation.manifolds, layers)

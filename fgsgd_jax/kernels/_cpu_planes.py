@@ -10,19 +10,18 @@ all of them.
 """
 
 import functools
-import itertools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ..manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
 from ._cpu_chunks import by_chunks, fusion_barrier, offsets
-from ._layers import Layer, Results, by_polar
+from ._layers import Layer, Results, by_polar, unpacked
 
 # Up to so many multiplications a product costs little beside moving its operands: 9×9 matrices.
 _MULTIPLICATIONS = 768
@@ -39,11 +38,11 @@ _FEWEST = 256
 def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
     """Whether this form serves `count` n×p matrices on these manifolds."""
     small = 0 < p <= n <= _LONGEST and n * p * p <= _MULTIPLICATIONS
-    return small and count >= _FEWEST and all(_serves(manifold) for manifold in manifolds)
-
-
-def _serves(manifold: Manifold) -> bool:
-    return type(manifold) in (Euclidean, Sphere, Oblique) or by_polar(manifold)
+    return (
+        small
+        and count >= _FEWEST
+        and all(type(manifold) in (Euclidean, Sphere, Oblique) or by_polar(manifold) for manifold in manifolds)
+    )
 
 
 def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
@@ -66,26 +65,19 @@ def step(
         v = layer.w if is_tangent else on.tangent(layer.x, layer.w, inverse)
         ratio, y = on.apart(_Members.ambient, layer.x, v, factor, inverse)
         growth = jnp.ones_like(inverse) if layer.new_radius is None else layer.new_radius * inverse
-        displacement = on.displacement(layer.x, y, on.but_euclidean(layer.radius), growth)
-        return displacement, jnp.where(on.euclidean, 0, ratio)
+        displacement = on.displacement(layer.x, y, layer.radius, growth)
+        return displacement, jnp.where(on.of(Euclidean), 0, ratio)
 
     return _by_chunks(of_chunk, layers)
 
 
 def _by_chunks(of_chunk: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
-    results, figures = by_chunks(of_chunk, _join(layers), _chunks(layers)[1], axis=-1)
-    return _split(results, layers), _split(figures, layers, values=True)
-
-
-def _chunks(layers: Sequence[Layer]) -> tuple[int, int]:
-    """Into how many chunks to divide the matrices, and their size: that of all or a little more."""
-    count = sum(math.prod(layer.x.shape[:-2]) for layer in layers)
-    n, p = layers[0].x.shape[-2:]
-    chunks = -(-count // max(_LANES, _ENTRIES // (n * p)))
-    size = -(-count // (chunks * _LANES)) * _LANES
-    largest = max(math.prod(layer.x.shape[:-2]) for layer in layers)
-    # The last chunk is filled up with matrices of the largest layer.
-    return (chunks, size) if chunks > 1 and chunks * size - count <= largest else (1, count)
+    # Layers of one shape side by side.
+    order = sorted(range(len(layers)), key=lambda place: layers[place].x.shape)
+    joined, size = _join([layers[place] for place in order])
+    pairs = _split(*by_chunks(of_chunk, joined, size, axis=-1), [layers[place] for place in order])
+    found = dict(zip(order, pairs, strict=True))
+    return unpacked([found[place] for place in range(len(layers))])
 
 
 class _Members:
@@ -96,6 +88,7 @@ class _Members:
 
     def __init__(self, manifolds: tuple[Manifold, ...], kind: Array | None):
         self.manifolds, self.kind = manifolds, kind
+        self.has_stiefel = any(type(manifold) is Stiefel for manifold in manifolds)
 
     def apart(self, function: Callable[..., Any], *args: Array) -> Any:
         """`function(self, *args)` behind a fusion barrier."""
@@ -104,29 +97,16 @@ class _Members:
         # `kind` is an argument: what a barrier returns differs between devices where any of its arguments does.
         return fusion_barrier(lambda kind, *args: function(_Members(self.manifolds, kind), *args), self.kind, *args)
 
-    def _of(self, cls: type[Manifold]) -> Bool[Array, "1 1 #count"]:
+    def of(self, cls: type[Manifold]) -> Bool[Array, "1 1 #count"]:
         """Which matrices are of this class."""
         found = [type(manifold) is cls for manifold in self.manifolds]
         if all(found) or not any(found):
             return jnp.full((1, 1, 1), found[0])
         return functools.reduce(operator.or_, (self.kind == index for index, is_cls in enumerate(found) if is_cls))
 
-    @property
-    def euclidean(self) -> Bool[Array, "1 1 #count"]:
-        """Which matrices are Euclidean."""
-        return self._of(Euclidean)
-
-    @property
-    def _has_stiefel(self) -> bool:
-        return any(type(manifold) is Stiefel for manifold in self.manifolds)
-
-    def but_euclidean(self, values: Float[Array, "1 1 count"]) -> Float[Array, "1 1 count"]:
-        """`values`, 1 for Euclidean matrices."""
-        return jnp.where(self.euclidean, 1, values)
-
     def tangent(self, x: Array, g: Array, inverse: Array) -> Array:
         """`g - x C(xᵀg)/s²`."""
-        if not self._has_stiefel:
+        if not self.has_stiefel:
             return g - x * (self._lengths(x * g, 0.0) * jnp.square(inverse))
         return g - matmul(x, self.apart(_Members._core, x, g, inverse))
 
@@ -134,19 +114,19 @@ class _Members:
         products = gram(x, g)
         diagonal = identity(products) * self._lengths(x * g, 0.0)
         symmetric = (products + jnp.swapaxes(products, 0, 1)) / 2
-        return jnp.where(self._of(Stiefel), symmetric, diagonal) * jnp.square(inverse)
+        return jnp.where(self.of(Stiefel), symmetric, diagonal) * jnp.square(inverse)
 
     def ambient(self, x: Array, v: Array, factor: Array, inverse: Array) -> tuple[Array, Array]:
         """‖v‖/s of `factor` times v, and `y = (x + factor v)/s`."""
         ratio = jnp.sqrt(_sum(jnp.square(v * (factor * inverse))))
         # The iteration of the polar factor converges from a Gram matrix of norm 2.
-        shrink = jnp.where(self._of(Stiefel) & (ratio > 0.4), 1 / (1 + ratio), 1)
-        return ratio, (x + factor * v) * (self.but_euclidean(inverse) * shrink)
+        shrink = jnp.where(self.of(Stiefel) & (ratio > 0.4), 1 / (1 + ratio), 1)
+        return ratio, (x + factor * v) * jnp.where(self.of(Euclidean), 1, inverse * shrink)
 
     def displacement(self, x: Array, y: Array, radius: Array, growth: Array) -> Array:
         """`s y C(yᵀy) - x`, the first term times `growth`; no step where y is zero, overflows or is not a number."""
-        usable = jnp.ones((1, 1, 1), bool)
-        if self._has_stiefel:
+        usable, radius = jnp.ones((1, 1, 1), bool), jnp.where(self.of(Euclidean), 1, radius)
+        if self.has_stiefel:
             y, usable = self._polar(y)
         squares = self.apart(lambda on, y: on._lengths(jnp.square(y), 1.0), y)
         # Sphere and oblique: a tangent step gives at least 1.
@@ -163,9 +143,9 @@ class _Members:
         """`x`, or some point where it is none by its length."""
         n, p = x.shape[:2]
         lengths = self._lengths(jnp.square(x), 1.0)
-        lengths = jnp.where(self._of(Stiefel), _sum(jnp.square(x)) / p, lengths)
-        origin = jnp.where(self._of(Sphere), (n * p) ** -0.5, n**-0.5)
-        origin = jnp.where(self._of(Stiefel), jnp.eye(n, p, dtype=x.dtype)[:, :, None], origin.astype(x.dtype))
+        lengths = jnp.where(self.of(Stiefel), _sum(jnp.square(x)) / p, lengths)
+        origin = jnp.where(self.of(Sphere), (n * p) ** -0.5, n**-0.5)
+        origin = jnp.where(self.of(Stiefel), jnp.eye(n, p, dtype=x.dtype)[:, :, None], origin.astype(x.dtype))
         return jnp.where(jnp.abs(lengths - 1) < 0.1, x, origin)
 
     def _polar(self, y: Array) -> tuple[Array, Bool[Array, "1 1 count"]]:
@@ -196,13 +176,13 @@ class _Members:
         """The polynomial less I, and a bound of ‖e‖₂; no change of matrices that are not Stiefel."""
         root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
         bound = jnp.sqrt(jnp.sqrt(_sum(jnp.square(square))))
-        return jnp.where(self._of(Stiefel), root, 0), jnp.where(self._of(Stiefel), bound, 0)
+        return jnp.where(self.of(Stiefel), root, 0), jnp.where(self.of(Stiefel), bound, 0)
 
     def _lengths(self, entries: Array, otherwise: float) -> Float[Array, "1 p count"]:
         """Sums over the columns of oblique matrices, over all of those on spheres, and `otherwise`."""
         columns = _over(operator.add, entries, 0)
         total = _over(operator.add, columns, 1)
-        return jnp.where(self._of(Sphere), total, jnp.where(self._of(Oblique), columns, otherwise))
+        return jnp.where(self.of(Sphere), total, jnp.where(self.of(Oblique), columns, otherwise))
 
 
 def _over(pair: Callable[[Array, Array], Array], x: Array, axis: int) -> Array:
@@ -229,51 +209,50 @@ def identity(x: Float[Array, "p p count"]) -> Float[Array, "p p 1"]:
     return jnp.eye(x.shape[0], dtype=x.dtype)[:, :, None]
 
 
-def _join(layers: Sequence[Layer]) -> Layer:
-    """All layers as one: matrices `[n, p, count]`, values `[1, 1, count]`, with layers of one shape side by side."""
-    layers = [layers[place] for place in _order(layers)]
-    chunks, size = _chunks(layers)
-    missing = chunks * size - sum(math.prod(layer.x.shape[:-2]) for layer in layers)
-    largest = max(range(len(layers)), key=lambda place: math.prod(layers[place].x.shape[:-2]))
+def _join(layers: Sequence[Layer]) -> tuple[Layer, int]:
+    """All layers as one, matrices `[n, p, count]` and values `[1, 1, count]`, and how many matrices make a chunk."""
+    n, p = layers[0].x.shape[-2:]
+    flat = [_flat(layer) for layer in layers]
+    count, largest = sum(layer.radius.size for layer in flat), max(flat, key=lambda layer: layer.radius.size)
+    chunks = -(-count // max(_LANES, _ENTRIES // (n * p)))
+    size = -(-count // (chunks * _LANES)) * _LANES
+    missing = chunks * size - count
+    if chunks == 1 or missing > largest.radius.size:
+        size = count
+    elif missing:
+        # The last chunk is filled up with matrices of the largest layer.
+        flat.append(jax.tree.map(lambda a: a[..., :missing], largest))
 
-    def filled_up(parts):
-        return [*parts, parts[largest][..., :missing]] if missing else parts
+    def join(*parts: Array) -> Array:
+        whole = jnp.concatenate(parts, axis=-1)
+        # Of values that lie side by side in one array XLA makes one slice. Fused with what follows, a concatenation
+        # asks of every entry in which of the parts it is.
+        return whole if whole.ndim == 3 else fusion_barrier(lambda whole: whole, whole)[None, None]
 
-    def matrices(parts):
-        flat = [jnp.moveaxis(x, (-2, -1), (0, 1)).reshape(*x.shape[-2:], -1) for x in parts]
-        return jnp.concatenate(filled_up(flat), axis=-1)
-
-    def values(parts):
-        if parts[0] is None:
-            return None
-        # Of parts of one array that lie side by side XLA makes one slice. Fused with what follows, a concatenation asks
-        # of every entry in which of the parts it is.
-        flat = jnp.concatenate(filled_up([part.ravel() for part in parts]))
-        return fusion_barrier(lambda flat: flat, flat)[None, None]
-
-    x, w, kind, radius, new_radius = zip(*layers, strict=True)
-    joined_radius = values(radius)
-    assert joined_radius is not None
-    return Layer(matrices(x), matrices(w), values(kind), joined_radius, values(new_radius))
+    return jax.tree.map(join, *flat), size
 
 
-def _split(joined: Float[Array, "n p count"], layers: Sequence[Layer], values: bool = False) -> list[Array]:
-    """The layers' parts of matrices or values: undoes `_join`."""
-    order = _order(layers)
-    batches = [layers[place].x.shape[:-2] for place in order]
-    sizes = [math.prod(batch) for batch in batches]
-    parts = {}
-    if values:
-        # These are joined again soon: their slices vanish if XLA knows that they are adjacent.
-        flat, starts = joined.ravel(), itertools.accumulate(sizes, initial=0)
-        for place, batch, size, start in zip(order, batches, sizes, starts, strict=False):
-            parts[place] = lax.slice_in_dim(flat, start, start + size).reshape(batch)
-    else:
-        for place, batch, size, start in zip(order, batches, sizes, offsets(sizes), strict=True):
-            part = lax.dynamic_slice_in_dim(joined, start, size, axis=-1)
-            parts[place] = jnp.moveaxis(part.reshape(*joined.shape[:-1], *batch), (0, 1), (-2, -1))
-    return [parts[place] for place in range(len(layers))]
+def _flat(layer: Layer) -> Layer:
+    """Matrices `[n, p, count]` and values `[count]`."""
+
+    def flat(a: Array) -> Array:
+        is_value = a.ndim == layer.radius.ndim
+        return a.ravel() if is_value else jnp.moveaxis(a, (-2, -1), (0, 1)).reshape(*a.shape[-2:], -1)
+
+    return jax.tree.map(flat, layer)
 
 
-def _order(layers: Sequence[Layer]) -> list[int]:
-    return sorted(range(len(layers)), key=lambda place: layers[place].x.shape)
+def _split(
+    matrices: Float[Array, "n p count"], values: Float[Array, "1 1 count"], layers: Sequence[Layer]
+) -> list[tuple[Array, Array]]:
+    """The layers' parts: undoes `_join`."""
+    sizes = [layer.radius.size for layer in layers]
+    pairs, place = [], 0
+    for layer, size, start in zip(layers, sizes, offsets(sizes), strict=True):
+        part = lax.dynamic_slice_in_dim(matrices, start, size, axis=-1)
+        part = part.reshape(*matrices.shape[:-1], *layer.radius.shape)
+        # Values are joined again soon: their slices vanish if XLA knows that they are adjacent.
+        value = lax.slice_in_dim(values.ravel(), place, place + size).reshape(layer.radius.shape)
+        place += size
+        pairs.append((jnp.moveaxis(part, (0, 1), (-2, -1)), value))
+    return pairs
