@@ -317,15 +317,18 @@ def machine(results: Results) -> str:
 
 
 def versions(results: Results) -> str:
-    """Times and compile times of this version, that of the earlier one being 1."""
+    """Times and compile times of this version, that of the earlier one being 1, and the violations of both."""
     rows = {row["case"]: row for row in results.rows("versions")}
     lines = []
     for case, row in rows.items():
         if case.endswith(", by maps"):
             continue
         by_maps = rows.get(f"{case}, by maps", {}).get("ratio")
-        lines.append([case, number(row["ratio"]), number(by_maps), number(row["compile ratio"])])
-    return markdown(["× version 0.1", "update or displacement", "by a manifold's own maps", "compile time"], lines)
+        before, after = (row["violation"][name] for name in ("before", "after"))
+        violations = "—" if after is None else f"{after:.1e} · {before:.1e}"
+        lines.append([case, number(row["ratio"]), number(by_maps), number(row["compile ratio"]), violations])
+    columns = ["update or displacement", "by a manifold's own maps", "compile time", "violation, now · before"]
+    return markdown(["× version 0.1", *columns], lines)
 
 
 TABLES = {

@@ -6,7 +6,7 @@
 The programs are the updates of `updates.py`, and of the matrices of `kernels.py` the displacement that an update finds
 and a step by the manifold's public maps. Each version has a process of its own, which waits while the
 other runs. Times are medians; ratios are medians of the ratios within a turn. Compile times are CPU seconds to trace,
-lower and compile the update or the step, the least of a few.
+lower and compile the update or the step, the least of a few. The violation is that of the points after some steps.
 """
 
 import argparse
@@ -28,6 +28,8 @@ RESULTS = HERE / "results" / "versions.json"
 VERSIONS = ("before", "after")
 # Seconds for the turns of a case; of compilations that take longer than this, one is enough.
 AT_MOST, LONG = 40.0, 20.0
+# Before a violation is measured.
+STEPS = 20
 
 
 def cases():
@@ -94,6 +96,18 @@ class Child:
         jax.block_until_ready(self.program(*self.arguments))
         return time.perf_counter() - start
 
+    def violation(self, case: str) -> float | None:
+        """Of the points that displacements lead to; None for what is no displacement of a kernel."""
+        import kernels
+        from peers import violation
+
+        if case not in kernels.CASES:
+            return None
+        x, g = self.arguments
+        for _ in range(STEPS):
+            x = x + self.program(x, g)
+        return violation(kernels.CASES[case][0], x)
+
     def names(self) -> list[str]:
         return list(cases())
 
@@ -157,6 +171,7 @@ def measured(case: str, versions: dict[str, Version], turns: int) -> dict:
     from timing import medians, ratio
 
     compiled = {name: version.ask("compile", case) for name, version in versions.items()}
+    violations = {name: version.ask("violation", case) for name, version in versions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in versions}
     begun = time.perf_counter()
     for turn in range(turns):
@@ -170,6 +185,7 @@ def measured(case: str, versions: dict[str, Version], turns: int) -> dict:
         "compile ratio": compiled["after"] / compiled["before"],
         "median": medians(seconds),
         "compile": compiled,
+        "violation": violations,
         "seconds": seconds,
     }
 
