@@ -247,12 +247,12 @@ def _split(
 ) -> list[tuple[Array, Array]]:
     """The layers' parts: undoes `_join`."""
     sizes = [layer.radius.size for layer in layers]
-    pairs, place = [], 0
+    pairs, flat, place = [], values.ravel(), 0
     for layer, size, start in zip(layers, sizes, offsets(sizes), strict=True):
         part = lax.dynamic_slice_in_dim(matrices, start, size, axis=-1)
         part = part.reshape(*matrices.shape[:-1], *layer.radius.shape)
-        # Values are joined again soon: their slices vanish if XLA knows that they are adjacent.
-        value = lax.slice_in_dim(values.ravel(), place, place + size).reshape(layer.radius.shape)
+        # Values are joined again soon: slices of one array vanish if XLA knows that they are adjacent.
+        value = lax.slice_in_dim(flat, place, place + size).reshape(layer.radius.shape)
         place += size
         pairs.append((jnp.moveaxis(part, (0, 1), (-2, -1)), value))
     return pairs
