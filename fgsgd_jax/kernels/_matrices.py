@@ -141,9 +141,9 @@ def _polar(
         eye = identity(products)
         squares = jnp.sum(jnp.square(y) - 1 / y.shape[along], axis=along, keepdims=True)
         e = jnp.where(eye > 0, squares, products - eye)
-        size = jnp.max(jnp.sum(jnp.abs(e), axis=-2, keepdims=True), axis=-1, keepdims=True)
+        size = jnp.max(jnp.sum(jnp.abs(e), axis=-1, keepdims=True), axis=-2, keepdims=True)
         # What is shrunk was far above: its own bound would read the matrix once more.
-        bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(e), axis=-2, keepdims=True), axis=-1, keepdims=True))
+        bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(e), axis=-1, keepdims=True), axis=-2, keepdims=True))
         shrink = jnp.where((turns == 0) & (size > 1), 1 / (1 + size), 1)
         e = shrink * e - (1 - shrink) * eye
         return jnp.sqrt(shrink) * (y - _times(y, e, _one_pass) / 2), bound, turns + 1
@@ -198,15 +198,18 @@ def _over_squares(of: Callable[..., Any], *arrays: Float[Array, "*b n p"]) -> An
     if size < _LARGE or count == 1 or rest or is_shared():
         return of(*arrays)
 
+    *others, last = arrays
+
     def square(i: Array | int) -> Any:
-        return of(*(lax.dynamic_slice_in_dim(x, i * size, size, x.ndim + along) for x in arrays))
+        return of(*(lax.dynamic_slice_in_dim(x, i * size, size, x.ndim + along) for x in (*others, last)))
 
     def zeros(part: jax.ShapeDtypeStruct) -> Array:
         # Like an array, since it may differ between devices as arrays do.
-        return jnp.zeros_like(arrays[0], part.dtype, shape=part.shape)
+        return jnp.zeros_like(last, part.dtype, shape=part.shape)
 
-    # From zero, or XLA compiles the kernels of the first square once more.
-    start = jax.tree.map(zeros, jax.eval_shape(square, 0))
+    # From zero, or XLA compiles the kernels of the first square once more; behind a barrier, or it makes the zeros of
+    # all layers at once.
+    start, last = lax.optimization_barrier((jax.tree.map(zeros, jax.eval_shape(square, 0)), last))
     return lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, square(i)), start)
 
 
