@@ -1,8 +1,8 @@
 """Everything public compiles for TPUs and GPUs, by their own compilers, on a machine that has none of them.
 
-The compilers are in the environment of `make accelerators`, where `make test-accelerators` runs this; `make test-all` runs
-its fast tests. A process of its own for each platform, since both are told what to do by environment variables:
-tools/compiled.py.
+The compilers are in the environment of `make accelerators`. `make test-accelerators` runs this there, and
+`make test-all` its fast tests. A process of its own for each platform, since both are told what to do by environment
+variables: tools/compiled.py.
 """
 
 import functools
