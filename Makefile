@@ -26,8 +26,10 @@ demo: $(VENV)/.ready  ## the Euclidean baseline and FG-SGD on digits, under thre
 test: $(VENV)/.ready  ## the fast tests, under ten minutes on two cores
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
-test-all: $(VENV)/.ready  ## every test
+test-all: $(VENV)/.ready  ## every test, of test-accelerators the fast ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(MAKE) test-accelerators QUICK=1,\
+		@echo "The compilers of TPUs and GPUs are for Linux on x86-64: test-accelerators is left out.")
 
 compat: $(VENV)/.ready  ## every optimizer in every wrapper, hours, goes on where it was; writes docs/compatibility.md
 	$(BIN)/python tools/compat.py
@@ -46,15 +48,14 @@ bench: $(VENV)-bench/.ready  ## beside other libraries, under 15 minutes; with Q
 $(VENV)-accel/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-accel
 	$(VENV)-accel/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(VENV)-accel/bin/python -m pip install --quiet --no-compile --editable . --group accelerators
+	$(VENV)-accel/bin/python -m pip install --quiet --no-compile --editable ".[flax]" --group accelerators --group tests
 	touch $@
 
 accelerators: $(VENV)-accel/.ready  ## updates compiled for TPUs and GPUs that are not there, 17 minutes of the processor
 	$(VENV)-accel/bin/python benchmarks/accelerators.py $(if $(ONLY),--only $(ONLY))
 
-test-accelerators: $(VENV)-accel/.ready  ## everything public compiled for them, by the same compilers
-	$(VENV)-accel/bin/python -m pip install --quiet --group tests ".[flax]"
-	$(VENV)-accel/bin/python -m pytest -q tests/test_compiled.py
+test-accelerators: $(VENV)-accel/.ready  ## everything public compiled for them, by the same compilers; a part with QUICK=1
+	$(VENV)-accel/bin/python -m pytest -q $(if $(QUICK),-m "not slow") tests/test_compiled.py
 
 docs: $(VENV)/.ready  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -138,9 +138,9 @@ class Rows:
     def add(self, row: dict) -> None:
         key = (row["target"], row["case"], row["name"])
         with self._lock:
-            others = [old for old in self.rows if (old["target"], old["case"], old["name"]) != key]
-            # In one order, whichever target is first.
-            self.rows = sorted([*others, row], key=lambda each: _place(each["target"], TARGETS))
+            rows = {(old["target"], old["case"], old["name"]): old for old in self.rows} | {key: row}
+            # In one order, whichever target is first; a row that is renewed stays where it was.
+            self.rows = sorted(rows.values(), key=lambda each: _place(each["target"], TARGETS))
             write(self.path, self.rows)
         print(f"  {' · '.join(key)}: {_shown(row)}", flush=True)
 

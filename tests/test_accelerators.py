@@ -6,7 +6,7 @@ import json
 import accelerators_here
 import jax
 import pytest
-from accelerators import FGSGD, RESULTS, SGD, TEXTS, Workload, filled, summary, table
+from accelerators import FGSGD, RESULTS, SGD, TEXTS, Rows, Workload, filled, summary, table
 from accelerators_hlo import cost, size
 
 import fgsgd_jax as fg
@@ -128,3 +128,10 @@ def test_workloads_run_on_the_device_that_there_is():
     assert first["step"] > 0
     assert "| it needs four devices" in accelerators_here.table([{"case": "one"} | left])
     assert accelerators_here.table([{"case": "one"} | each for each in (update, sgd)]).count("| one |") == 2
+
+
+def test_a_row_that_is_renewed_stays_where_it_was(tmp_path):
+    rows = [{"target": "TPU v5e", "case": "one", "name": name, "left out": "old"} for name in (FGSGD, SGD)]
+    kept = Rows(tmp_path / "rows.json", rows)
+    kept.add(rows[0] | {"left out": "new"})
+    assert json.loads(kept.path.read_text())["rows"] == [rows[0] | {"left out": "new"}, rows[1]]

@@ -1,7 +1,8 @@
 """Everything public compiles for TPUs and GPUs, by their own compilers, on a machine that has none of them.
 
-The compilers are in the environment of `make accelerators`, where `make test-accelerators` runs this. A process of its
-own for each platform, since both are told what to do by environment variables: tools/compiled.py.
+The compilers are in the environment of `make accelerators`. `make test-accelerators` runs this there, and
+`make test-all` its fast tests. A process of its own for each platform, since both are told what to do by environment
+variables: tools/compiled.py.
 """
 
 import functools
@@ -37,13 +38,16 @@ OTHERS = {
     "weights/violation",
 }
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(module) is None for module in ("libtpu", "jax_plugins")),
-        reason="needs the compilers of TPUs and GPUs: make test-accelerators",
-    ),
-]
+# In the fast tests.
+FEW = (
+    *("update/fgsgd", "update/fgsgd, without kernels", "update/rescaling"),
+    *("shared/fgsgd", "shared/slices", "share_out/fgsgd"),
+)
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(module) is None for module in ("libtpu", "jax_plugins")),
+    reason="needs the compilers of TPUs and GPUs: make test-accelerators",
+)
 
 
 @functools.cache
@@ -58,6 +62,7 @@ def compiled(platform, *patterns):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_all_of_it_compiles(platform):
     found = compiled(platform)
@@ -67,7 +72,7 @@ def test_all_of_it_compiles(platform):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_slices_are_served_by_kernels(platform):
-    found = compiled(platform)
+    found = compiled(platform, *FEW)
     for name in ("update/fgsgd", "update/rescaling", "shared/fgsgd", "share_out/fgsgd"):
         assert found[name]["pallas"] > 0, name
     assert found["update/fgsgd, without kernels"]["pallas"] == 0
@@ -77,4 +82,4 @@ def test_slices_are_served_by_kernels(platform):
 def test_of_shared_slices_only_norms_travel(platform):
     """Of "conv" an eighth of its size: sums over a group's matrices on other devices."""
     weights = 4 * 9 * 16 * 32
-    assert compiled(platform)["shared/slices"]["gathered"] < weights / 2
+    assert compiled(platform, *FEW)["shared/slices"]["gathered"] < weights / 2

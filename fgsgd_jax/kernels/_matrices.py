@@ -113,9 +113,9 @@ class _Stiefel(Stiefel):
 
     def _retract(self, x, v):
         point, converged = _polar(x + v, _gram_by_passes if self.splits else _exact_gram)
-        # One column tells a point from zeros; to measure them all would read x once more.
-        column = x[..., :1, :] if is_wide(x) else x[..., :1]
-        length = jnp.sum(jnp.square(column), axis=(-2, -1), keepdims=True)
+        # One row or column tells a point from zeros; to measure them all would read x once more.
+        one = x[..., :1, :] if x.shape[-2] <= x.shape[-1] else x[..., :1]
+        length = jnp.sum(jnp.square(one), axis=(-2, -1), keepdims=True)
         return jnp.where(converged, point, jnp.where(jnp.abs(length - 1) < 0.1, x, identity(x)))
 
 
@@ -142,12 +142,13 @@ def _polar(
         squares = jnp.sum(jnp.square(y) - 1 / y.shape[along], axis=along, keepdims=True)
         e = jnp.where(eye > 0, squares, products - eye)
         size = jnp.max(jnp.sum(jnp.abs(e), axis=-1, keepdims=True), axis=-2, keepdims=True)
+        # What is shrunk was far above: its own bound would read the matrix once more.
+        bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(e), axis=-1, keepdims=True), axis=-2, keepdims=True))
         shrink = jnp.where((turns == 0) & (size > 1), 1 / (1 + size), 1)
         e = shrink * e - (1 - shrink) * eye
-        bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(e), axis=-2, keepdims=True), axis=-1, keepdims=True))
         return jnp.sqrt(shrink) * (y - _times(y, e, _one_pass) / 2), bound, turns + 1
 
-    start = jnp.full((*y.shape[:-2], 1, 1), jnp.inf, y.dtype) + 0 * y[..., :1, :1]
+    start = jnp.full_like(y[..., :1, :1], jnp.inf)
     y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
     return y, bound <= enough
 
@@ -197,14 +198,18 @@ def _over_squares(of: Callable[..., Any], *arrays: Float[Array, "*b n p"]) -> An
     if size < _LARGE or count == 1 or rest or is_shared():
         return of(*arrays)
 
-    def square(i: Array | int) -> Any:
-        return of(*(lax.dynamic_slice_in_dim(x, i * size, size, x.ndim + along) for x in arrays))
+    *others, last = arrays
 
-    # From zero, or XLA compiles the kernels of the first square once more; it may differ between devices as arrays do.
-    zero = 0 * arrays[0][..., :1, :1]
-    start = jax.tree.map(
-        lambda part: jnp.zeros(part.shape, part.dtype) + zero.astype(part.dtype), jax.eval_shape(square, 0)
-    )
+    def square(i: Array | int) -> Any:
+        return of(*(lax.dynamic_slice_in_dim(x, i * size, size, x.ndim + along) for x in (*others, last)))
+
+    def zeros(part: jax.ShapeDtypeStruct) -> Array:
+        # Like an array, since it may differ between devices as arrays do.
+        return jnp.zeros_like(last, part.dtype, shape=part.shape)
+
+    # From zero, or XLA compiles the kernels of the first square once more; behind a barrier, or it makes the zeros of
+    # all layers at once.
+    start, last = lax.optimization_barrier((jax.tree.map(zeros, jax.eval_shape(square, 0)), last))
     return lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, square(i)), start)
 
 
