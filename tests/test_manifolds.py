@@ -224,6 +224,6 @@ def test_a_few_columns_tell_the_radius_of_a_stiefel_point(shape):
     stiefel = Stiefel()
     x = 0.7 * stiefel.random_point(jax.random.key(0), shape)
     np.testing.assert_allclose(stiefel.radius_of(x), 0.7, rtol=2e-7)
-    if min(shape[-2:]) > 4:
+    if min(shape[-2:]) > 16:
         readers = [each for each in jax.make_jaxpr(stiefel.radius_of)(x).eqns if each.invars[0].aval.shape == shape]
         assert [each.primitive.name for each in readers] == ["slice"]

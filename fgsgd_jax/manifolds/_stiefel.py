@@ -30,9 +30,9 @@ from ._tangent_ball import steepest_tangent, tangent as _tangent
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
 
-# Columns that tell a radius. The mean of four is off by half as much as one, and their root is a number: that of 8 is
-# rounded, and so was the radius.
-_FEW = 4
+# Columns that tell a radius: a number whose root is exact, or the radius is off by its rounding. With four, XLA on GPU
+# computes the whole array once more to read them.
+_FEW = 16
 _SQUARE_ROOTS = 5
 _SHOOTING_STOPS = 8
 _MOST_SHOTS = 200
