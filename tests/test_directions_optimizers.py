@@ -158,22 +158,28 @@ def optimizer(name):
     return tx, jax.jit(tx.update)
 
 
+def trained(name, params, steps):
+    """The gradients of every step of an optimizer, and the weights after the last."""
+    tx, update = optimizer(name)
+    state, gradients = tx.init(params), [gradients_of(params, step) for step in range(steps)]
+    for given in gradients:
+        updates, state = update(given, state, params)
+        params = optax.apply_updates(params, updates)
+    return jax.tree.map(np.asarray, gradients), params
+
+
 @pytest.mark.parametrize("nesterov", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_spel_beside_the_reference(nesterov):
     params, _ = mixed()
-    tx, update = optimizer("spel, nesterov" if nesterov else "spel")
-    state = tx.init(params)
     theirs, bias = Reference(params, steepest, 0.1), np.asarray(params["bias"])
     buffers = dict.fromkeys(params, 0.0)
-    for step in range(5):
-        gradients = gradients_of(params, step)
-        updates, state = update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+    gradients, params = trained("spel, nesterov" if nesterov else "spel", params, 5)
+    for given in gradients:
         # The average (1 - μ) Σ μ^k g of the source has the direction of this sum.
-        buffers = {path: 0.9 * buffers[path] + np.asarray(g) for path, g in gradients.items()}
-        ahead = {path: 0.9 * buffers[path] + np.asarray(g) for path, g in gradients.items()}
+        buffers = {path: 0.9 * buffers[path] + g for path, g in given.items()}
+        ahead = {path: 0.9 * buffers[path] + g for path, g in given.items()}
         theirs.step(ahead if nesterov else buffers)
-        bias = bias - 0.5 * np.asarray(gradients["bias"])
+        bias = bias - 0.5 * given["bias"]
     theirs.check(params, 1e-8)
     np.testing.assert_allclose(params["bias"], bias, rtol=0, atol=1e-12)
     assert max(map(float, fg.violation(params, RULES).values())) <= 1e-12
@@ -182,7 +188,6 @@ def test_spel_beside_the_reference(nesterov):
 def test_manifold_muon_beside_the_reference():
     """The reference takes the directions that the tests above hold against the convex solver."""
     params, _ = mixed()
-    tx, update = optimizer("manifold_muon")
 
     def dual(kind, x, m, s):
         if kind != "stiefel":
@@ -190,14 +195,11 @@ def test_manifold_muon_beside_the_reference():
         # Three at once, as the tests above have it compiled.
         return np.asarray(directions("stiefel", "dual")(np.stack([x] * 3), np.stack([m] * 3), s))[0]
 
-    state = tx.init(params)
     theirs = Reference(params, dual, 0.1)
     buffers = dict.fromkeys(params, 0.0)
-    for step in range(3):
-        gradients = gradients_of(params, step)
-        updates, state = update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-        buffers = {path: 0.9 * buffers[path] + np.asarray(g) for path, g in gradients.items()}
+    gradients, params = trained("manifold_muon", params, 3)
+    for given in gradients:
+        buffers = {path: 0.9 * buffers[path] + g for path, g in given.items()}
         theirs.step(buffers)
     # Matrices that are done in one batch stop together, so that all but the slowest are found more exactly.
     theirs.check(params, 2e-2)
@@ -207,20 +209,16 @@ def test_manifold_muon_beside_the_reference():
 def test_hyperball_beside_the_reference(lenient_promotion):
     """Around Adam written out."""
     params, _ = mixed()
-    tx, update = optimizer("hyperball")
-    state = tx.init(params)
     theirs = Reference(params, lambda *args: steepest(*args, tangent=False), 0.1)
     first, second = ({path: np.zeros(x.shape) for path, x in params.items()} for _ in range(2))
     bias = np.asarray(params["bias"])
-    for step in range(5):
-        gradients = gradients_of(params, step)
-        updates, state = update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+    gradients, params = trained("hyperball", params, 5)
+    for step, given in enumerate(gradients, 1):
         adam = {}
-        for path, g in gradients.items():
-            first[path] = 0.9 * first[path] + 0.1 * np.asarray(g)
-            second[path] = 0.999 * second[path] + 0.001 * np.asarray(g) ** 2
-            corrected = first[path] / (1 - 0.9 ** (step + 1)), second[path] / (1 - 0.999 ** (step + 1))
+        for path, g in given.items():
+            first[path] = 0.9 * first[path] + 0.1 * g
+            second[path] = 0.999 * second[path] + 0.001 * g**2
+            corrected = first[path] / (1 - 0.9**step), second[path] / (1 - 0.999**step)
             adam[path] = corrected[0] / (np.sqrt(corrected[1]) + 1)
         theirs.step(adam)
         bias = bias - 1e-2 * adam["bias"]
@@ -247,12 +245,7 @@ def test_float32_weights_stay_on_their_manifolds(name, request):
     if name not in STRICT:
         request.getfixturevalue("lenient_promotion")
     params, _ = mixed()
-    params = jax.tree.map(lambda x: x.astype("float32"), params)
-    tx, update = optimizer(name)
-    state = tx.init(params)
-    for number in range(20):
-        updates, state = update(gradients_of(params, number), state, params)
-        params = optax.apply_updates(params, updates)
+    _, params = trained(name, jax.tree.map(lambda x: x.astype("float32"), params), 20)
     assert max(map(float, fg.violation(params, RULES).values())) <= 1e-6
 
 

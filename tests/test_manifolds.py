@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from geometries import KINDS, RETRACTIONS, STEPS, cases, cast, close, manifold, radius_for, seed, tol, unit_of
 
+from fgsgd_jax import Stiefel
+
 # --- tangent space, constraint, nearest point
 
 
@@ -214,3 +216,14 @@ def test_retraction_has_identity_derivative_and_finite_gradients(kind, retractio
         for sign in (1, -1)
     )
     np.testing.assert_allclose(h.inner(at_v[2], u), np.sum(c * (ahead - behind)) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (3, 48, 48), (5, 3)], ids=str)
+def test_a_few_columns_tell_the_radius_of_a_stiefel_point(shape):
+    """Of a whole array only a part is read, and what it tells is no worse than round-off."""
+    stiefel = Stiefel()
+    x = 0.7 * stiefel.random_point(jax.random.key(0), shape)
+    np.testing.assert_allclose(stiefel.radius_of(x), 0.7, rtol=2e-7)
+    if min(shape[-2:]) > 16:
+        readers = [each for each in jax.make_jaxpr(stiefel.radius_of)(x).eqns if each.invars[0].aval.shape == shape]
+        assert [each.primitive.name for each in readers] == ["slice"]

@@ -126,6 +126,10 @@ class Manifold(abc.ABC):
     def dim(self, shape: tuple[int, ...]) -> int:
         """Dimension of the manifold of matrices of `shape` (n, p)."""
 
+    def _sample(self, x: Array) -> tuple[Array, int]:
+        """A part of `x` whose length tells the radius, and its squared length at radius 1."""
+        return x, self._squared_length(x.shape[-2:])
+
     def _dist(self, x: Array, y: Array) -> Array:
         """Geodesic distance."""
         return norm(self._log(x, y), axis=(-2, -1))
@@ -371,12 +375,12 @@ class Manifold(abc.ABC):
           >>> float(fg.Oblique().radius_of(2 * jnp.eye(4)))
           2.0
         """
-        shape, x = x.shape[-2:], _up(x)
+        x, squared_length = self._sample(_up(x))
         length = norm(x, axis=(-2, -1), keepdims=True)
         # Summed one by one, as compilers may, squares are off by 5e-7 at 32×32; their deviations from the mean are not.
-        squares = jnp.square(x / jnp.where(length > 0, length, 1)) - 1 / math.prod(shape)
+        squares = jnp.square(x / jnp.where(length > 0, length, 1)) - 1 / math.prod(x.shape[-2:])
         length = length[..., 0, 0] * (1 + jnp.sum(squares, axis=(-2, -1)) / 2)
-        return length / self._squared_length(shape) ** 0.5
+        return length / squared_length**0.5
 
     def random_point(
         self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32

@@ -30,6 +30,9 @@ from ._tangent_ball import steepest_tangent, tangent as _tangent
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
 
+# Columns that tell a radius: a number whose root is exact, or the radius is off by its rounding. With four, XLA on GPU
+# computes the whole array once more to read them.
+_FEW = 16
 _SQUARE_ROOTS = 5
 _SHOOTING_STOPS = 8
 _MOST_SHOTS = 200
@@ -147,6 +150,11 @@ class Stiefel(Manifold):
 
     def _squared_length(self, shape):
         return min(shape)
+
+    def _sample(self, x):
+        # All columns have one length, and all rows of square and wide matrices, which lie together in memory.
+        n, p = x.shape[-2:]
+        return x[..., :_FEW, :] if n <= p else x[..., :_FEW], min(n, p, _FEW)
 
     def origin(self, shape, dtype=jnp.float32):
         """The n×p identity."""
