@@ -51,7 +51,7 @@ $(VENV)-accel/.ready: pyproject.toml
 	$(VENV)-accel/bin/python -m pip install --quiet --no-compile --editable ".[flax]" --group accelerators --group tests
 	touch $@
 
-accelerators: $(VENV)-accel/.ready  ## updates compiled for TPUs and GPUs that are not there, 17 minutes of the processor
+accelerators: $(VENV)-accel/.ready  ## updates compiled for TPUs and GPUs that are not there, 20 minutes of the processor
 	$(VENV)-accel/bin/python benchmarks/accelerators.py $(if $(ONLY),--only $(ONLY))
 
 test-accelerators: $(VENV)-accel/.ready  ## everything public compiled for them, by the same compilers; a part with QUICK=1
