@@ -128,6 +128,8 @@ def test_help_breaks_lines_only_where_they_are_full(command, columns, capsys, mo
     lines = options_in_help(capsys, *command.split()).splitlines()
     assert max(map(len, lines)) <= columns
     assert "pyright" not in "".join(lines)
+    # Of an option that is not set when left out, the help says so in words.
+    assert not re.search(r"default:[│\s]*(None|False|''|\))", "".join(lines))
     for line, following in itertools.pairwise(line.strip("│").rstrip() for line in lines):
         column = len(following) - len(following.lstrip())
         # A line of help below another: not below an option's name.
@@ -218,7 +220,7 @@ def test_a_missing_package_is_named_with_its_remedy(refused, monkeypatch):
         return imported(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without_tyro)
-    assert "'tyro' is missing: pip install \"fgsgd-jax[experiments]\"" in refused("train")
+    assert "'tyro' is missing: in a checkout, pip install '.[experiments]'" in refused("train")
 
 
 def test_an_interruption_names_its_remedy(capsys, monkeypatch):

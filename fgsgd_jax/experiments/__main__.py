@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "fgsgd_jax").partition(".")[0] == "fgsgd_jax":
             raise
-        _fail(f'the package {error.name!r} is missing: pip install "fgsgd-jax[experiments]"', USAGE_ERROR)
+        _fail(f"the package {error.name!r} is missing: in a checkout, pip install '.[experiments]'", USAGE_ERROR)
     except KeyboardInterrupt as interruption:
         # The command says what to do about it, where there is anything.
         _fail("; ".join(["interrupted", *map(str, interruption.args)]), INTERRUPTED)

@@ -40,7 +40,7 @@ class Bounds(Command):
 
     checkpoint: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
     """A run directory, of which the newest checkpoint is measured, or one of its checkpoints (RUN/checkpoints/STEP)."""
-    correlate: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")] = ()
+    correlate: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
     """Instead, compare the bounds with the measured gaps over these runs, three or more."""
     picture: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
     """Where the picture goes; bounds.png in the run directory where left out."""
