@@ -178,15 +178,22 @@ FITTED = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_matrix_of_zeros_has_no_scale_to_fit(call, dtype):
     params, plan = with_zeros(dtype)
-    with pytest.raises(ValueError, match="conv/kernel: its matrix at input 1, output 2") as error:
+    with pytest.raises(ValueError, match=r"conv/kernel: its matrix at input 1, output 2 .* norm 0:") as error:
         call(params, plan)
     assert "('conv/kernel', None)" in str(error.value)
-    assert "fg.initialize" in str(error.value)
+    assert "fg.initialize(key, params, [('conv/kernel', scheme), ('*', None)])" in str(error.value)
     # What it recommends.
     free = fg.plan(params, [("conv/kernel", None), *ZERO_RULES[1:]])
     call(fg.nearest(params, free, radii="fitted"), free)
-    drawn = params | {"conv": fg.initialize(jax.random.key(0), params, plan)["conv"]}
+    drawn = fg.initialize(jax.random.key(0), params, [ZERO_RULES[0], ("*", None)])
+    np.testing.assert_array_equal(drawn["dense"], params["dense"])
     call(fg.nearest(drawn, plan, radii="fitted"), plan)
+
+
+def test_a_matrix_next_to_zero_is_not_called_zero():
+    """The square of its norm is no normal number."""
+    with pytest.raises(ValueError, match="its matrix at input 0, output 0 of the grid has the norm 2e-30"):
+        fg.nearest({"w": jnp.full((2, 2), 1e-30, jnp.float32)}, [("w", fg.Whole(fg.Stiefel()))], radii="fitted")
 
 
 def test_the_matrix_of_zeros_of_a_stack_is_named():

@@ -184,22 +184,23 @@ def check_scales(plan: Plan, leaves: dict[str, Any]) -> None:
             zero = functools.partial(_without_scale, part.bucket)
             found = np.asarray(automatic(zero, part.kind, part.tensors, like=jnp.zeros(len(part.paths), bool)))
             for path in itertools.compress(part.paths, found):
-                place = _first_without_scale(plan.collections[path], leaves[path])
                 raise ValueError(
-                    f"{path}: its matrix {place} is zero or not finite, so it has no scale of its own to fit a radius "
-                    f"to, and radius 0 would keep it there. Leave the parameter free by a rule ({path!r}, None) before "
-                    "the others, or start it elsewhere: draw this leaf with fg.initialize(key, params, plan)"
+                    f"{path}: {_first_without_scale(plan.collections[path], leaves[path])}: no radius can be fitted to "
+                    f"it, and of radius 0 it would never move. Leave the parameter free by a rule ({path!r}, None) "
+                    "before the others, or draw this parameter alone, with its scheme: "
+                    f"fg.initialize(key, params, [({path!r}, scheme), ('*', None)])"
                 )
 
 
 def _first_without_scale(collection: Collection, leaf: Array) -> str:
-    """The place of the first matrix that has no scale, in words."""
+    """The first matrix that has no scale: its place and its norm, in words."""
     matrices = collection.view.split(np.asarray(leaf).astype(np.float64))
     free = [isinstance(kind, Euclidean) for kind in collection.kinds]
     norms = np.where(np.array(free)[collection.kind], 1, np.linalg.norm(matrices, axis=(-2, -1)))
-    *layers, row, column = (int(index) for index in np.argwhere(~is_scale(norms, compute_dtype(leaf.dtype)))[0])
+    place = tuple(int(index) for index in np.argwhere(~is_scale(norms, compute_dtype(leaf.dtype)))[0])
+    *layers, row, column = place
     stack = f"of layer {'/'.join(map(str, layers))} " if layers else ""
-    return f"{stack}at input {row}, output {column} of the grid"
+    return f"its matrix {stack}at input {row}, output {column} of the grid has the norm {norms[place]:.3g}"
 
 
 class _Part(NamedTuple):
