@@ -12,6 +12,7 @@ def train_step(params, opt_state, batch):
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,8 +59,9 @@ def observe(module: nn.Module) -> Observed:
     """Gives a module an `apply` that records the moments of its layers' inputs, per input channel.
 
     Convolutions, `Dense`, `DenseGeneral` (so attention's projections) and `Einsum` layers are observed, by intercepting
-    their calls; no code changes. Modules that are called several times accumulate. Inside `nn.scan`, name
-    `"feature_moments"` among the scanned variables to observe its layers; without that they are passed over.
+    their calls; no code changes. Modules that are called several times accumulate. `nn.scan` and `nn.vmap` carry out
+    only what they are told to: name the moments there, `variable_axes={"params": 0, "feature_moments": 0}`. Layers
+    inside them are passed over without that, with a warning.
 
     Args:
       module: any linen module.
@@ -132,7 +134,16 @@ def trace(module: nn.Module, *args: Any, rngs: Any = None, **kwargs: Any) -> Tra
 
 def _record(next_call, args, kwargs, context):
     layer = context.module
-    if context.method_name == "__call__" and isinstance(layer, _LAYERS) and layer.is_mutable_collection(_COLLECTION):
+    if context.method_name != "__call__" or not isinstance(layer, _LAYERS):
+        return next_call(*args, **kwargs)
+    if not layer.is_mutable_collection(_COLLECTION):
+        path = "/".join([*layer.path, "kernel"])
+        warnings.warn(
+            f"fg.linen.observe: {path} is called inside nn.scan or nn.vmap, which do not carry its moments out, so its "
+            'λ stays 1; write variable_axes={"params": 0, "feature_moments": 0} there',
+            stacklevel=2,
+        )
+    else:
         inputs = args[0] if args else next(iter(kwargs.values()))
         subscripts = kwargs.get("einsum_str", args[1] if len(args) > 1 else None)
         channel_axes, axes = _axes(layer, inputs.ndim, subscripts)

@@ -299,6 +299,23 @@ def radii_after(params, rules, moments):
 SLICES = {"view": "i o -> 1 o i 1"}
 
 
+def test_linen_layers_whose_moments_a_scan_drops_are_named(users_settings):
+    """Else λ would stay 1 for them in silence."""
+
+    class Dropping(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(4, name="first")(x)
+            scanned = nn.scan(LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return scanned(name="blocks")(x, None)[0]
+
+    x = jnp.ones((2, 4))
+    params = Dropping().init(jax.random.key(0), x)
+    with pytest.warns(UserWarning, match=r'blocks/dense/kernel .*variable_axes=\{"params": 0, "feature_moments": 0\}'):
+        _, observed = fg.linen.observe(Dropping()).apply(params, x)
+    assert list(fg.linen.moments(observed)) == ["first/kernel"]
+
+
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_lambda_of_layers_under_scan_is_that_of_the_layers(framework, users_settings):
     """The moments that `observe` collects arrive per layer, and every layer of the stack gets its own ℜ."""
