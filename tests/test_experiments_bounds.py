@@ -123,18 +123,22 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(runs, refused, tmp_pat
 
 
 def test_runs_are_told_apart_by_content(refused, tmp_path):
-    """The same log under another name is the same run; gaps of other test images are other gaps."""
+    """The same training under another name, of itself and of its data, is the same run, copied or made again; gaps of
+    other test images are other gaps.
+    """
     data = {"train": {"shape": [64], "crc32": 1}, "test": {"shape": [48], "crc32": 2}, "classes": ["a", "b"]}
     record = {"epoch": 1, "step": 2, "train": {"loss": 1.0, "error": 9.0}, "test": {"loss": 1.0, "error": 9.0}}
 
-    def logged(name, seed, data):
+    def logged(name, seed, data, **more):
         (tmp_path / name).mkdir()
-        header = {"config": TrainConfig(seed=seed).to_dict()} | ({} if data is None else {"data": data})
+        header = {"config": TrainConfig(seed=seed, data=name).to_dict()} | ({} if data is None else {"data": data})
         MetricsLog(tmp_path / name / "metrics.jsonl").create(header)
-        MetricsLog(tmp_path / name / "metrics.jsonl").append(record | {"norms": {}})
+        MetricsLog(tmp_path / name / "metrics.jsonl").append(record | {"norms": {}} | more)
         return tmp_path / name
 
     one, two = logged("one", 0, data), logged("two", 1, data | {"train": {"shape": [32], "crc32": 7}})
+    again = logged("again", 0, data, seconds={"train": 2.0})
+    assert "are one training" in refused("bounds", "--correlate", one, two, again)
     copy, other = logged("copy", 0, data), logged("other", 2, data | {"test": {"shape": [48], "crc32": 3}})
     assert "names a run twice" in refused("bounds", "--correlate", one, two, copy)
     said = refused("bounds", "--correlate", one, two, other)

@@ -199,7 +199,9 @@ def test_the_hub_is_asked_once_and_not_for_long(tmp_path, monkeypatch):
     ask(ConnectionError("no network\nat all"))
     with pytest.raises(UsageError, match=r"cannot be asked for a set of that name \(no network\)$"):
         load("owner/photo")
-    assert asked == [("photo", 5), ("owner/photo", 5)]
+    with pytest.raises(UsageError, match=r"no such folder or file here \(did you mean 'digits'\?\), and"):
+        load("digit")
+    assert asked == [("photo", 5), ("owner/photo", 5), ("digit", 5)]
     assert not datasets.config.HF_HUB_OFFLINE
 
 

@@ -188,7 +188,7 @@ def _correlate(folders: tuple[Path, ...], console: Console) -> None:
 
 
 def _refuse_mixed(folders: tuple[Path, ...], found: list[tuple[Path, int | None]]) -> None:
-    """Gaps are comparable where the test was the same; a copy of a run under another name is no other run."""
+    """Gaps are comparable where the test was the same; a run copied or made again under other names is no other run."""
     seen: dict[str, Path] = {}
     data: list[dict[str, Any]] = []
     for given, (folder, step) in zip(folders, found, strict=True):
@@ -196,9 +196,15 @@ def _refuse_mixed(folders: tuple[Path, ...], found: list[tuple[Path, int | None]
         if not isinstance(header.get("data"), dict):
             raise UsageError(f"the log of {given} has no checksum of its data: nobody can tell what it was tested on")
         data.append(header["data"])
-        content = json.dumps([header, records, step], sort_keys=True)
+        # One config gives the same weights on the same data, whatever these are called and how long it took.
+        if step is None and records:
+            step = records[-1]["step"]
+        content = json.dumps([header | {"config": header.get("config", {}) | {"data": ""}}, step], sort_keys=True)
         if content in seen:
-            raise UsageError(f"--correlate names a run twice: {seen[content]} and {given} have the same log")
+            raise UsageError(
+                f"--correlate names a run twice: {seen[content]} and {given} are one training, of the same options, "
+                "data and steps"
+            )
         seen[content] = given
         # What was trained on may differ in number: that is one of the things that a bound should know of.
         if difference := data_difference(data[-1] | {"train": None}, data[0] | {"train": None}):

@@ -39,7 +39,7 @@ def load_hub(
     """
     parts = "Parquet files with an image and a label column, or one folder of images per class"
     notes: list[str] = []
-    with open_tables(name, "images", PLACES, parts) as tables:
+    with open_tables(name, "images", "digits", PLACES, parts) as tables:
         any_table = next(iter(tables.values()))
         image_column = _image_column(name, any_table, image_column)
         label_column = _label_column(name, any_table, label_column)
@@ -75,12 +75,13 @@ def load_hub(
 
 
 @contextmanager
-def open_tables(name: str, kind: str, places: str, parts: str) -> Iterator[dict[str, datasets.Dataset]]:
+def open_tables(name: str, kind: str, built_in: str, places: str, parts: str) -> Iterator[dict[str, datasets.Dataset]]:
     """The splits of a set, for as long as the context lasts.
 
     Args:
         name: a folder or a hub name.
         kind: images or texts, for messages.
+        built_in: the name of the set that needs no file, for messages.
         places: what else can be given, for messages.
         parts: what a folder should hold, for messages.
     """
@@ -97,15 +98,16 @@ def open_tables(name: str, kind: str, places: str, parts: str) -> Iterator[dict[
             yield _read(name, folder, str(folder), None, cache, kind, parts)
             return
         path, _, part = name.partition(":")
+        near = _near(folder, built_in)
         if not HUB_NAME.fullmatch(name):
-            raise UsageError(f"data folder {name!r} does not exist{_near(folder)}; give {places}")
-        if reason := _ask_hub(name, path, folder, places):
+            raise UsageError(f"data folder {name!r} does not exist{near}; give {places}")
+        if reason := _ask_hub(name, path, near, places):
             stack.enter_context(_offline())
             try:
                 tables = _read(name, folder, path, part or None, None, kind, parts)
             except UsageError as error:
                 raise UsageError(
-                    f"data {name!r}: there is no such folder or file here{_near(folder)}, and the Hugging Face hub "
+                    f"data {name!r}: there is no such folder or file here{near}, and the Hugging Face hub "
                     f"cannot be asked for a set of that name ({reason})"
                 ) from error
         else:
@@ -113,7 +115,7 @@ def open_tables(name: str, kind: str, places: str, parts: str) -> Iterator[dict[
         yield tables
 
 
-def _ask_hub(name: str, path: str, folder: Path, places: str) -> str | None:
+def _ask_hub(name: str, path: str, near: str, places: str) -> str | None:
     """Ask the hub once, without the retries of a download, whether it has a set: why there is no answer, if so."""
     try:
         huggingface_hub.HfApi().dataset_info(path, timeout=HUB_PATIENCE)
@@ -123,8 +125,8 @@ def _ask_hub(name: str, path: str, folder: Path, places: str) -> str | None:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UsageError(
-            f"data {name!r}: there is no such folder or file here{_near(folder)}, nor such a set on the Hugging Face "
-            f"hub; give {places}"
+            f"data {name!r}: there is no such folder or file here{near}, nor such a set on the Hugging Face hub; give "
+            f"{places}"
         ) from error
     # Whatever the network client raises: no network, no answer in time, a hub that is down.
     except Exception as error:
@@ -132,11 +134,11 @@ def _ask_hub(name: str, path: str, folder: Path, places: str) -> str | None:
     return None
 
 
-def _near(folder: Path) -> str:
-    """A question whether another folder beside it was meant."""
-    parent = folder.parent
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    guess = did_you_mean(folder.name, names).strip(" ?")
+def _near(path: Path, built_in: str) -> str:
+    """A question whether the built-in set was meant, or what lies beside it."""
+    parent = path.parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    guess = did_you_mean(path.name, [*names, built_in] if parent == Path() else names).strip(" ?")
     return f" ({guess}?)" if guess else ""
 
 

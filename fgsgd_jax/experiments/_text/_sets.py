@@ -5,12 +5,12 @@ import numpy as np
 
 from .._data._hub import open_tables, train_and_test
 from .._errors import UsageError, did_you_mean
-from ._corpus import HELD_OUT, PLACES, Bytes, TextSet
+from ._corpus import HELD_OUT, PLACES, STDLIB, Bytes, TextSet
 
 
 def load_set(name: str, column: str | None) -> TextSet:
     """A set of texts, by local folder or hub name; the texts of a split are joined by empty lines."""
-    with open_tables(name, "texts", PLACES, "Parquet files with a column of texts") as tables:
+    with open_tables(name, "texts", STDLIB, PLACES, "Parquet files with a column of texts") as tables:
         train, test = train_and_test(name, tables)
         column = _column(name, train, column)
         text = _joined(train, column)
