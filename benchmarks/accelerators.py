@@ -284,6 +284,7 @@ def compiled(
         "bytes": found.bytes,
         "memory": found.memory,
         "cycles": found.cycles if platform == "tpu" else None,
+        "turn": found.turn if platform == "tpu" else None,
         "launches": found.launches,
         "pallas": found.pallas,
         "temporary": memory.temp_size_in_bytes,

@@ -42,13 +42,15 @@ class Cost:
     """Totals over a module.
 
     `bytes` are those of kernels, `memory` those that main memory reads and writes. `cycles` are XLA's estimates for its
-    own kernels on TPU: it has none for Pallas calls. `gathered` are the bytes that all-gathers result in.
+    own kernels on TPU: it has none for Pallas calls. `turn` are those of loops that last as long as the step decides,
+    which `cycles` counts once. `gathered` are the bytes that all-gathers result in.
     """
 
     launches: int = 0
     bytes: int = 0
     memory: int = 0
     cycles: int = 0
+    turn: int = 0
     pallas: int = 0
     branches: int = 0
     loops: int = 0
@@ -137,7 +139,9 @@ class _Module:
         inner = sum(parts, Cost())
         kind = each.op.removesuffix("-start")
         if each.op == "while":
-            return Cost(loops=1) + inner * self._trips(each)
+            trips = self._trips(each)
+            once = dataclasses.replace(inner, turn=inner.cycles)
+            return Cost(loops=1) + (once if trips is None else inner * trips)
         if each.op == "conditional":
             cheapest = min(parts, key=lambda part: part.bytes)
             return dataclasses.replace(cheapest, branches=1 + inner.branches, loops=inner.loops)
@@ -157,14 +161,14 @@ class _Module:
         cycles = _CYCLES.search(each.rest)
         return Cost(1, cycles=int(cycles[1]) if cycles else 0, pallas=each.target in _PALLAS) + moved
 
-    def _trips(self, loop: _Instruction) -> int:
-        """How often a loop runs, 1 if that is not known. A TPU's compiler does not say it."""
+    def _trips(self, loop: _Instruction) -> int | None:
+        """How often a loop runs, None if the step decides. A TPU's compiler does not say it."""
         if found := _TRIPS.search(loop.rest):
             return int(found[1])
         condition = self.computations[_CONDITION.search(loop.rest)[1]]
         (root,) = (each for each in condition.values() if each.root)
         limit = condition[root.operands[-1]] if root.op == "compare" and "direction=LT" in root.rest else root
-        return int(limit.arguments) if limit.op == "constant" and limit.type.startswith("s32[]") else 1
+        return int(limit.arguments) if limit.op == "constant" and limit.type.startswith("s32[]") else None
 
     def _moved(self, each: _Instruction, own: Computation) -> Cost:
         operands = [own[name].size for name in each.operands]

@@ -80,10 +80,14 @@ def test_loops_whose_condition_counts():
 }
 """
     own = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"3"}}', "")
+    own = own.replace("sine(%z)", 'sine(%z), backend_config={"estimated_cycles":"5"}')
     start, end = own.index("%more"), own.index("ENTRY")
-    assert cost(own).launches == 4
+    # One turn, of how many the step decides.
+    found = cost(own)
+    assert (found.launches, found.cycles, found.turn) == (4, 70 + 5, 5)
     # Three turns, and a comparison before each.
-    assert cost(own[:start] + condition.replace("LIMIT", "3") + own[end:]).launches == 6 + 3
+    found = cost(own[:start] + condition.replace("LIMIT", "3") + own[end:])
+    assert (found.launches, found.cycles, found.turn) == (6 + 3, 70 + 3 * 5, 0)
 
 
 def test_sizes():

@@ -177,7 +177,7 @@ class TrainConfig(Config):
     """Rescale the weights by the standard deviation of their features: never, four times during the first epoch,
     or after every epoch."""
     lambda_floor: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """The smallest standard deviation used: 1 keeps the norms' bounds. None where left out."""
+    """The smallest standard deviation used: 1 keeps the norms' bounds, and where left out there is no smallest."""
     retraction: Retraction = "polar"
     """How Stiefel weights return to their manifold."""
     rho: float = 1.0
