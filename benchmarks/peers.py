@@ -59,7 +59,7 @@ def own_displacement(manifold: fg.Manifold, x: jax.Array, g: jax.Array) -> jax.A
     from fgsgd_jax import kernels
     from fgsgd_jax.manifolds import Mixture
 
-    (displacement,), _ = kernels.step([Mixture((manifold,), None)], [x], [g], factor=-1.0)
+    ((displacement,),), _ = kernels.step([Mixture((manifold,), None)], [[x]], [[g]], factor=-1.0)
     return displacement
 
 

@@ -21,7 +21,7 @@ from flax import nnx
 
 from .features import FeatureMoments, batch_moments, einsum_axes, merge_moments, output_positions
 from .groups import Trace
-from .manifolds import compute_dtype
+from .linalg import compute_dtype
 
 _LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 _NORMALIZATIONS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)

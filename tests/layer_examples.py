@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fgsgd_jax as fg
-from fgsgd_jax.kernels._layers import Layer
+from fgsgd_jax.kernels._layers import Layers
 from fgsgd_jax.manifolds import Mixture
 
 MIX = (fg.Sphere(), fg.Oblique(), fg.Stiefel(), fg.Euclidean())
@@ -21,7 +21,7 @@ OTHER_RETRACTIONS = (fg.Stiefel(retraction="qr"), fg.Sphere(), fg.Stiefel(retrac
 FEW, MANY, LARGE = ((3, 5), (40, 7), (3, 5)), ((3, 5), (40, 18), (3, 5)), ((2, 5), (4, 10), (2, 5))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Example:
     """Matrices of several layers in one row, [count, n, p], in float64 as they are in `dtype`."""
 
@@ -46,19 +46,47 @@ class Example:
     def has_direction(self):
         return np.all(np.isfinite(self.w), axis=(-2, -1))
 
-    def layers(self, w, new_radius):
-        def parts(a):
-            ends = np.cumsum([math.prod(grid) for grid in self.grids])[:-1]
-            pairs = zip(np.split(a, ends), self.grids, strict=True)
-            return [jnp.asarray(part.reshape(*grid, *a.shape[1:])) for part, grid in pairs]
+    @property
+    def places(self):
+        """The layers of each grid, by number: they go together."""
+        return [[n for n, own in enumerate(self.grids) if own == grid] for grid in dict.fromkeys(self.grids)]
 
-        x, w, radius, new = (parts(a.astype(self.dtype)) for a in (self.x, w, self.radius, self.new_radius))
-        kind = parts(self.kind) if len(self.manifolds) > 1 else [None] * len(x)
-        new = new if new_radius else [None] * len(x)
-        return [Layer(*layer) for layer in zip(x, w, kind, radius, new, strict=True)]
+    def parts(self, a):
+        """What belongs to each layer."""
+        ends = np.cumsum([math.prod(grid) for grid in self.grids])[:-1]
+        pairs = zip(np.split(a, ends), self.grids, strict=True)
+        return [jnp.asarray(part.reshape(*grid, *a.shape[1:])) for part, grid in pairs]
+
+    def layers(self, w, new_radius):
+        x, w, radius, new = (self.parts(a.astype(self.dtype)) for a in (self.x, w, self.radius, self.new_radius))
+        kind = self.parts(self.kind)
+
+        def values(given, places):
+            return jnp.concatenate([given[n] for n in places])
+
+        return [
+            Layers(
+                tuple(x[n] for n in places),
+                tuple(w[n] for n in places),
+                values(kind, places) if len(self.manifolds) > 1 else None,
+                values(radius, places),
+                values(new, places) if new_radius else None,
+            )
+            for places in self.places
+        ]
+
+    def in_one_row(self, results):
+        """Arrays and figures of all layers, as the matrices of this example are in a row."""
+        arrays, figures = {}, {}
+        for places, (own, values) in zip(self.places, results, strict=True):
+            arrays |= dict(zip(places, own, strict=True))
+            figures |= dict(zip(places, jnp.split(values, len(places)), strict=True))
+        numbers = range(len(self.grids))
+        flat = [arrays[n].reshape(-1, *arrays[n].shape[len(self.grids[n]) :]) for n in numbers]
+        return jnp.concatenate(flat), jnp.concatenate([figures[n].ravel() for n in numbers])
 
     def mixtures(self):
-        return [Mixture(self.manifolds, layer.kind, layer.radius) for layer in self.layers(self.w, False)]
+        return [Mixture(self.manifolds, layers.kind, layers.radius) for layers in self.layers(self.w, False)]
 
     def violations(self, displacement, radius):
         """Of the points that are reached, at the given radii."""

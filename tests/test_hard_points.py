@@ -128,7 +128,7 @@ def test_degenerate_points_and_endless_steps(name, shape, dtype, record_property
 
 @jax.jit
 def displace(mixture, x, v):
-    (displacement,), _ = kernels.step([mixture], [x], [v], is_tangent=True)
+    ((displacement,),), _ = kernels.step([mixture], [[x]], [[v]], is_tangent=True)
     return displacement
 
 

@@ -11,7 +11,8 @@ from jax import lax
 from layer_examples import FEW, LARGE, LENGTHS, MANY, MIX, OTHER_RETRACTIONS, example
 
 import fgsgd_jax as fg
-from fgsgd_jax.kernels import _cpu_lengths, _cpu_matrices, _cpu_planes, _matrices, _reference, _xla
+from fgsgd_jax.kernels import _cpu_lengths, _cpu_matrices, _cpu_planes, _matrices, _reference
+from fgsgd_jax.kernels._layers import Operation
 from fgsgd_jax.manifolds import Mixture
 
 # In radii. Beyond eps^-½ a sum holds nothing of the point.
@@ -30,9 +31,9 @@ CASES = [
     (_cpu_lengths, (fg.Oblique(),), (3, 2), FEW),
     (_cpu_matrices, MIX, (64, 40), LARGE),
     (_cpu_matrices, OTHER_RETRACTIONS, (40, 64), LARGE),
-    (_xla, MIX, (2, 5), FEW),
-    (_xla, OTHER_RETRACTIONS, (3, 3), FEW),
-    (_xla, (fg.Stiefel(),), (12, 8), FEW),
+    (_reference, MIX, (2, 5), FEW),
+    (_reference, OTHER_RETRACTIONS, (3, 3), FEW),
+    (_reference, (fg.Stiefel(),), (12, 8), FEW),
     (_matrices.TPU, MIX, (32, 16), LARGE),
     (_matrices.TPU, (fg.Stiefel(),), (16, 24), LARGE),
     (_matrices.GPU, MIX, (24, 16), LARGE),
@@ -76,17 +77,17 @@ def defined(manifolds, is_tangent, kind, radius, new_radius, x, w, factors):
     return *_reference.tangent(mixture, x, w), *steps
 
 
-def in_one_row(parts, lead=0):
-    return jnp.concatenate([a.reshape(*a.shape[:lead], -1, *a.shape[lead + 2 :]) for a in parts], lead)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def found_by(form, manifolds, is_tangent, layers, factors):
+def found_by(form, its, is_tangent, layers, factors):
     """What a form says, of all matrices in one row."""
+
+    def run(operation, factor):
+        return its.in_one_row(form.run(operation, layers, factor))
+
     # In turn, as in training: under vmap the turns of an iteration would be those of the longest step.
-    steps = lax.map(lambda factor: form.step(manifolds, layers, factor, is_tangent), factors)
-    steps = [in_one_row(parts, 1) for parts in steps]
-    return steps if is_tangent else [*map(in_one_row, form.tangent(manifolds, layers)), *steps]
+    steps = lax.map(functools.partial(run, Operation(its.manifolds, True, is_tangent)), factors)
+    exactly = Operation(its.manifolds, is_step=False, is_exact=True)
+    return list(steps) if is_tangent else [*run(exactly, jnp.ones_like(factors[0])), *steps]
 
 
 def check(found, expected, limit):
@@ -112,11 +113,11 @@ def check_steps(its, found, expected, reached):
 def test_a_form_is_the_definition(form, manifolds, shape, grids, dtype):
     its = example(manifolds, shape, grids, dtype)
     # What serves many large matrices is held with a few.
-    assert form in (_xla, _cpu_matrices) or form.serves(manifolds, *shape, len(its.kind))
+    assert form in (_reference, _cpu_matrices) or form.serves(manifolds, *shape, len(its.kind))
     factors = -np.asarray(STEPS)
 
     def found(is_tangent, w):
-        of_form = found_by(form, manifolds, is_tangent, its.layers(w, is_tangent), jnp.asarray(factors, dtype))
+        of_form = found_by(form, its, is_tangent, its.layers(w, is_tangent), jnp.asarray(factors, dtype))
         return jax.tree.map(np.asarray, of_form)
 
     def expected(is_tangent, w):

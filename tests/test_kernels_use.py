@@ -18,8 +18,9 @@ from layer_examples import FEW, LENGTHS, MIX, OTHER_RETRACTIONS, example
 
 import fgsgd_jax as fg
 from fgsgd_jax import kernels
-from fgsgd_jax.kernels import _api, _cpu_lengths, _cpu_matrices, _cpu_planes, _matrices, _reference, _xla
-from fgsgd_jax.kernels._layers import Layer
+from fgsgd_jax.kernels import _api, _cpu_lengths, _cpu_matrices, _cpu_planes, _matrices, _reference
+from fgsgd_jax.kernels._by_platform import Program
+from fgsgd_jax.kernels._layers import Layer, Layers, Operation
 from fgsgd_jax.manifolds import Mixture
 
 
@@ -34,11 +35,16 @@ def operations(mixtures, x, w, radii, factor, is_exact=True):
 
 
 def alone(mixtures, x, w, radii, factor):
-    """The definition, layer by layer."""
-    tangents = [_reference.tangent(*layer) for layer in zip(mixtures, x, w, strict=True)]
+    """The definition, layers of one mixture after the other."""
+
+    def split(found, like):
+        return tuple(jnp.split(found[0], np.cumsum([len(a) for a in like])[:-1])), found[1]
+
+    x, own = list(map(jnp.concatenate, x)), list(map(jnp.concatenate, w))
+    tangents = [split(_reference.tangent(*row), like) for *row, like in zip(mixtures, x, own, w, strict=True)]
     steps = [
-        _reference.step(m, x, w, r, jnp.asarray(factor, x.dtype), False)
-        for m, x, w, r in zip(mixtures, x, w, radii, strict=True)
+        split(_reference.step(m, x, own, r, jnp.asarray(factor, x.dtype), False), like)
+        for m, x, own, r, like in zip(mixtures, x, own, radii, w, strict=True)
     ]
     return tuple(tuple(map(list, zip(*pairs, strict=True))) for pairs in (tangents, steps))
 
@@ -56,15 +62,19 @@ def test_which_form_serves_is_decided_by_exact_type_and_shape():
     class Own(fg.Sphere):
         pass
 
-    assert _api.form_for(MIX, 3, 3, 1024) is _cpu_planes
-    assert _api.form_for(LENGTHS, 64, 3, 1024) is _cpu_lengths
-    assert _api.form_for((fg.Sphere(),), 3, 5, 1) is _cpu_lengths
-    assert _api.form_for(MIX, 64, 64, 512) is _cpu_matrices
-    assert _api.form_for(MIX, 64, 64, 4) is _cpu_matrices
+    def on_cpu(manifolds, n, p, count, is_shared=False):
+        return _api.form_for("cpu", Program(is_shared, is_exported=False), manifolds, n, p, count)
+
+    assert on_cpu(MIX, 3, 3, 1024) is _cpu_planes
+    assert on_cpu(LENGTHS, 64, 3, 1024) is _cpu_lengths
+    assert on_cpu((fg.Sphere(),), 3, 5, 1) is _cpu_lengths
+    assert on_cpu(MIX, 64, 64, 512) is _cpu_matrices
+    assert on_cpu(MIX, 64, 64, 4) is _cpu_matrices
+    assert on_cpu(MIX, 3, 3, 1024, is_shared=True) is _reference
     for manifolds in ((Own(),), (fg.Stiefel(), Own()), OTHER_RETRACTIONS):
-        assert _api.form_for(manifolds, 3, 3, 1024) is _xla
+        assert on_cpu(manifolds, 3, 3, 1024) is _reference
     for n, p, count in ((3, 3, 0), (0, 3, 1024), (3, 0, 1024), (16, 8, 4), (2, 5, 1024)):
-        assert _api.form_for(MIX, n, p, count) is _xla
+        assert on_cpu(MIX, n, p, count) is _reference
     assert _matrices.TPU.serves(MIX, 65, 8, 1)
     assert _matrices.TPU.serves((fg.Stiefel(),), 8, 80, 1)
     for manifolds, n, p in (
@@ -97,24 +107,31 @@ def test_products_of_few_passes_keep_the_constraint(shape, start, monkeypatch):
     x = np.asarray(h.nearest("stiefel", x, s), np.float32)
     w = h.spread(s) * rng.standard_normal(x.shape) / math.prod(shape) ** 0.5
     own = Layer(*(jnp.asarray(a, jnp.float32) for a in (x, w)), None, jnp.asarray(s, jnp.float32))
-    exact = Layer(
-        *(jnp.asarray(np.asarray(a, np.float64)) for a in own[:2]), None, jnp.asarray(own.radius, jnp.float64)
-    )
+    exact = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), own)
+    line_5, line_7 = Operation(stiefel, is_step=False), Operation(stiefel, is_step=True)
 
-    (t,), (square,) = jax.jit(lambda: _matrices.TPU.tangent(stiefel, [own]))()
-    its_t, its_square = jax.jit(lambda: _reference.tangent_of(stiefel)(exact))()
+    @functools.partial(jax.jit, static_argnums=0)
+    def found(operation, factor=1.0):
+        layers = Layers((own.x,), (own.w,), *own[2:])
+        (((array,), figures),) = _matrices.TPU.run(operation, [layers], jnp.asarray(factor, jnp.float32))
+        return array, figures
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def expected(operation, factor=1.0, layer=exact):
+        return _reference.of_layer(operation, layer, jnp.asarray(factor, jnp.float64))
+
+    t, square = found(line_5)
+    its_t, its_square = expected(line_5)
     error = np.asarray(t, np.float64) - np.asarray(its_t)
-    tangent_error, _ = jax.jit(lambda: _reference.tangent_of(stiefel)(exact._replace(w=jnp.asarray(error))))()
+    tangent_error, _ = expected(line_5, layer=exact._replace(w=jnp.asarray(error)))
     assert np.max(h.norm(np.asarray(tangent_error)) / h.norm(w)) <= 2e-5
     # The normal part of it, and its square in that of the length.
     assert np.max(h.norm(error) / h.norm(w)) <= 2**-8
     assert np.max(np.abs(np.asarray(square) - np.asarray(its_square)) / h.norm(w) ** 2) <= 2**-16
-    (t,), _ = jax.jit(lambda: _matrices.TPU.exact.tangent(stiefel, [own]))()
+    t, _ = found(line_5._replace(is_exact=True))
     assert np.max(h.norm(np.asarray(t, np.float64) - np.asarray(its_t)) / h.norm(w)) <= 5e-7
-    step = jax.jit(lambda factor: _matrices.TPU.step(stiefel, [own], factor, False)[0][0])
-    its_step = jax.jit(lambda factor: _reference.step_of(stiefel, factor, False)(exact)[0])
     for length in (1e-6, 1e-3, 0.01, 0.1, 1.0, 30.0, 1e4):
-        move, its_move = step(jnp.float32(length)), its_step(jnp.float64(length))
+        (move, _), (its_move, _) = found(line_7, length), expected(line_7, length)
         assert np.max(h.violation("stiefel", np.asarray(x + np.asarray(move), np.float64), s)) <= 6e-7, length
         if length <= 1:
             # Beside the step, what rounding a point does.
@@ -141,8 +158,8 @@ def test_layers_of_all_sizes_and_manifolds_at_once():
 def test_no_matrices_and_one_radius_for_all():
     stiefel = (fg.Stiefel(),)
     rng = np.random.default_rng(0)
-    x = [jnp.asarray(h.point("stiefel", rng, (*grid, 3, 3), 0.5), jnp.float32) for grid in FEW]
-    w = [jnp.asarray(rng.standard_normal(a.shape), jnp.float32) for a in x]
+    x = [[jnp.asarray(h.point("stiefel", rng, (*grid, 3, 3), 0.5), jnp.float32)] for grid in FEW]
+    w = [[jnp.asarray(rng.standard_normal(a.shape), jnp.float32)] for (a,) in x]
     found, expected = (
         jax.jit(operations)([Mixture(stiefel, None, s) for s in radii], x, w, None, -0.3)
         for radii in ([0.5] * 3, [jnp.full(grid, 0.5, jnp.float32) for grid in FEW])
@@ -150,7 +167,7 @@ def test_no_matrices_and_one_radius_for_all():
     all_close(found, expected, atol=1e-6)
     empty = jnp.zeros((0, 4, 3, 3), jnp.float32)
     for operation in (kernels.tangent, kernels.step):
-        (array,), (figure,) = operation([Mixture(stiefel, None)], [empty], [empty])
+        ((array,),), (figure,) = operation([Mixture(stiefel, None)], [[empty]], [[empty]])
         assert (array.shape, figure.shape) == (empty.shape, (0, 4))
 
 
@@ -170,7 +187,7 @@ def test_a_manifold_of_ones_own_is_never_replaced():
         mixture = Mixture(manifolds, jnp.asarray(kind) if len(manifolds) > 1 else None)
         own = kind == 1 if len(manifolds) > 1 else kind >= 0
         program = jax.jit(functools.partial(operations, [mixture], radii=None, factor=1.0))
-        ((t,), (squares,)), ((displacement,), (ratio,)) = program([x], [w])
+        (((t,),), (squares,)), (((displacement,),), (ratio,)) = program([[x]], [[w]])
         assert np.max(np.abs(t[own])) == np.max(squares[own]) == np.max(ratio[own]) == 0
         assert np.max(np.abs(displacement[own])) < 1e-6
         others = h.norm(np.asarray(displacement)[~own])
@@ -202,7 +219,7 @@ def test_gradients_are_those_of_the_definition(manifolds, shape):
     its = example(manifolds, shape, ((130, 2), (2, 20)), "float64")
     x, w, radii = arrays(its)
     # At no point there is no derivative.
-    x = [jnp.where(jnp.any(a, (-2, -1), keepdims=True), a, 1) for a in x]
+    x = jax.tree.map(lambda a: jnp.where(jnp.any(a, (-2, -1), keepdims=True), a, 1), x)
 
     def loss(numbers, factor, operations):
         radius, *others = numbers
@@ -225,7 +242,7 @@ def test_vmap_is_one_after_the_other(manifolds, shape):
     x, w, _ = arrays(its)
 
     def scaled(scale):
-        return operations(its.mixtures(), x, [jnp.sqrt(scale) * a for a in w], None, -jnp.sqrt(scale))
+        return operations(its.mixtures(), x, jax.tree.map(lambda a: jnp.sqrt(scale) * a, w), None, -jnp.sqrt(scale))
 
     scales = jnp.asarray([0.01, 20.0], jnp.float32)
     together = jax.jit(jax.vmap(scaled))(scales)
@@ -269,12 +286,10 @@ def test_work_that_is_shared_out_gives_the_same():
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("restacked", [False, True])
-def test_values_are_stacked_and_come_apart(count, restacked):
-    parts = [np.random.default_rng(i).standard_normal((4, 3)) for i in range(count)]
-    stacked = kernels.stack([jnp.asarray(part) for part in parts])
-    np.testing.assert_array_equal(stacked, np.stack(parts))
-    for found, part in zip(jax.jit(kernels.unstack, static_argnums=1)(stacked, restacked), parts, strict=True):
-        np.testing.assert_array_equal(found, part)
+def test_stacked_values_come_apart(count, restacked):
+    stacked = np.random.default_rng(0).standard_normal((count, 4, 3))
+    found = jax.jit(kernels.unstack, static_argnums=1)(jnp.asarray(stacked), restacked)
+    np.testing.assert_array_equal(np.stack(found), stacked)
 
 
 # --- on other platforms, and on several devices
@@ -316,11 +331,11 @@ def test_products_of_few_passes_are_those_of_the_tpu_program(is_exact, of_tangen
 def test_squares_of_an_array_are_taken_one_by_one_unless_it_is_shared_out(shared, monkeypatch):
     """A square that several devices have a part of would be gathered."""
     monkeypatch.setattr(_matrices, "_LARGE", 16)
-    monkeypatch.setattr(_matrices, "is_shared", lambda: shared)
     x = jax.ShapeDtypeStruct((1, 1, 16, 48), jnp.float32)
-    layer = Layer(x, x, None, jax.ShapeDtypeStruct((1, 1), jnp.float32))
-    program = jax.jit(lambda layer: _matrices.TPU.step((fg.Stiefel(),), [layer], jnp.float32(0.1), False))
-    text = str(program.trace(layer).jaxpr)
+    layers = Layers((x,), (x,), None, jax.ShapeDtypeStruct((1, 1), jnp.float32))
+    operation = Operation((fg.Stiefel(),), is_step=True, is_shared=shared)
+    program = jax.jit(lambda layers: _matrices.TPU.run(operation, [layers], jnp.float32(0.1)))
+    text = str(program.trace(layers).jaxpr)
     assert ("dynamic_slice" in text) != shared
     assert text.count("dot_general") == 3 + 5
 
@@ -345,9 +360,9 @@ def operations(mixtures, x, w):
 def put(a):
     return jax.device_put(a, NamedSharding(mesh, P(None, "model")))
 
-expected = jax.jit(operations)([mixture] * 2, [x, x], [w, 2 * w])
+expected = jax.jit(operations)([mixture] * 2, [[x], [x]], [[w], [2 * w]])
 mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-here = jax.tree.map(put, ([mixture] * 2, [x, x], [w, 2 * w]))
+here = jax.tree.map(put, ([mixture] * 2, [[x], [x]], [[w], [2 * w]]))
 program = jax.jit(operations).lower(*here).compile()
 for name in ("all-gather", "all-to-all", "collective-permute"):
     assert name not in program.as_text(), name

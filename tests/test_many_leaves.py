@@ -1,5 +1,6 @@
 """Hundreds and thousands of parameters: programs grow with the number of shapes, not of leaves."""
 
+import contextvars
 import re
 import time
 
@@ -14,7 +15,7 @@ from chains import chained
 import fgsgd_jax as fg
 from fgsgd_jax import kernels
 from fgsgd_jax.groups import _weights
-from fgsgd_jax.kernels import _by_platform, _many
+from fgsgd_jax.kernels import _by_platform, _layers
 
 OPTIMIZERS = {
     "fgsgd": lambda plan: fg.fgsgd(0.1, plan, 0.9, rescaling=fg.Rescaling(every=2)),
@@ -69,7 +70,7 @@ def test_many_leaves_step_as_few_do(name, monkeypatch):
     params, plan = many(FEW)
     tx = OPTIMIZERS[name](plan)
     expected = steps(tx, params)
-    monkeypatch.setattr(_many, "_FEWEST", FEW)
+    monkeypatch.setattr(_layers, "_FEWEST", FEW)
     assert kernels.are_many(FEW, (4, 3))
     found = steps(tx, params)
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=2e-6)
@@ -86,7 +87,7 @@ def test_packing_is_undone(count):
 
 
 def test_leaves_of_two_dtypes_are_not_packed(monkeypatch):
-    monkeypatch.setattr(_many, "_FEWEST", 4)
+    monkeypatch.setattr(_layers, "_FEWEST", 4)
     params = {str(n): jnp.eye(3, dtype=("float32", "bfloat16")[n % 2]) for n in range(6)}
     plan = fg.plan(params, [("*", fg.Whole(fg.Stiefel()))])
     tx = fg.fgsgd(0.1, plan)
@@ -111,12 +112,13 @@ def test_arrays_on_several_devices_are_not_packed(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert not kernels.are_many(100, (4, 3))
     for is_shared in (False, True):
-        with _by_platform._lowered_for(_by_platform.Program(is_shared, is_exported=False)):
-            assert kernels.are_many(100, (4, 3)) != is_shared
+        program = contextvars.copy_context()
+        program.run(_by_platform._SHARED.set, is_shared)
+        assert program.run(kernels.are_many, 100, (4, 3)) != is_shared
 
 
 def test_the_kernels_of_an_update_do_not_grow_with_the_leaves(monkeypatch):
-    monkeypatch.setattr(_many, "_FEWEST", 32)
+    monkeypatch.setattr(_layers, "_FEWEST", 32)
     found = []
     for count in (32, 64):
         params = {str(n): jnp.eye(3) + jnp.zeros((3, 3)) for n in range(count)}
@@ -144,7 +146,7 @@ def test_parts_are_stacked_and_sliced_by_calls_that_stay():
     """XLA on CPU would inline them, and compile a kernel for each: four times as long with thousands of leaves."""
     parts = [jnp.full((2, 3), float(n)) for n in range(100)]
     text = jax.jit(lambda parts: kernels.unpack(2 * kernels.pack(parts))).lower(parts).compile().as_text()
-    assert len(re.findall(r" call\(", text)) == -(-100 // _many._STACKED) + -(-100 // _many._SLICED)
+    assert len(re.findall(r" call\(", text)) == -(-100 // _layers._STACKED) + -(-100 // _layers._SLICED)
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ import optax
 import pytest
 
 import fgsgd_jax as fg
-from fgsgd_jax.groups import as_plan, as_rules
-from fgsgd_jax.groups._kept import Kept
+from fgsgd_jax.groups import _as_plan, as_plan, as_rules
 
 PARAMS = {"conv": {"kernel": jnp.zeros((3, 3, 4, 6)), "bias": jnp.zeros(6)}}
 RULES = [("kernel", fg.PIO([fg.Sphere(), fg.Stiefel()])), ("*", None)]
@@ -92,15 +91,17 @@ def test_rules_may_be_predicates_without_a_hash():
     assert as_plan([(lambda path, leaf: True, None)], PARAMS) != as_plan(rules, PARAMS)
 
 
-def test_not_too_many_are_kept():
-    kept = Kept(2)
-    a, b = (kept.get(key, object) for key in "ab")
-    assert kept.get("a", object) is a
-    c = kept.get("c", object)
-    assert kept.get("b", object) is b
-    assert kept.get("c", object) is c
-    assert kept.get("a", object) is not a
-    assert kept.get([], lambda: 3) == 3  # without a hash nothing is kept
+def test_not_too_many_are_kept(monkeypatch):
+    monkeypatch.setattr(_as_plan, "_plans", {})
+    monkeypatch.setattr(_as_plan, "_MOST", 2)
+    first, second, third = ({"kernel": jnp.zeros((3, 3, 4, n))} for n in (1, 2, 3))
+    kept = as_plan(RULES[:1], second)
+    before = as_plan(RULES[:1], first)
+    assert as_plan(RULES[:1], second) is kept
+    as_plan(RULES[:1], third)
+    assert as_plan(RULES[:1], first) is before
+    assert as_plan(RULES[:1], second) is not kept
+    assert len(_as_plan._plans) == 2
 
 
 @pytest.mark.parametrize("rules", [[("kernel",)], ["kernel"], [("kernel", fg.Sphere())], [(3, None)]], ids=str)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from ..groups import Collection, Plan, buckets, checked_leaves
+from ..groups import Collection, Plan, checked_leaves
 from ..linalg import Interval, enclosed_frobenius, enclosed_spectral, enclosed_two_to_one
 from ._layers import LayerStack, concatenations
 from ._unit_norms import Norms
@@ -147,7 +147,7 @@ def certify(params: Any, plan: Plan, tolerance: float = 0.0) -> Certificate:
         raise ValueError(f"tolerance={tolerance!r}: write a number ≥ 0")
     leaves = checked_leaves(params, plan)
     statements, manifolds = {}, {}
-    for bucket in buckets(plan):
+    for bucket in plan.buckets:
         stack = LayerStack(bucket, tuple(plan.collections[path] for path in bucket.paths))
         found = _enclosed(stack, [np.asarray(leaves[path]).astype(np.float64) for path in bucket.paths])
         for index, path in enumerate(bucket.paths):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from ..groups import by_path
 from ..linalg import (
     block_norms,
+    compute_dtype,
     gram_iteration,
     largest,
     largest_block,
@@ -20,7 +21,6 @@ from ..linalg import (
     torus_basis,
     unrolled_basis,
 )
-from ..manifolds import compute_dtype
 from ._geometry import Axis, ConvGeometry
 
 # A block of the operator of up to so many rows or columns costs next to nothing, so axes are unrolled up to here.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ..groups import Bucket, Collection, Plan, Whole, buckets, plan as plan_of
+from ..groups import Bucket, Collection, Plan, Whole, plan as plan_of
 from ..manifolds import Euclidean
 
 
@@ -47,7 +47,7 @@ def layer_stacks(leaves: dict[str, Array], plan: Plan) -> list[LayerStack]:
     return [
         LayerStack(bucket, tuple(source.collections[path] for path in bucket.paths))
         for source in plans
-        for bucket in buckets(source)
+        for bucket in source.buckets
     ]
 
 

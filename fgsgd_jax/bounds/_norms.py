@@ -77,7 +77,7 @@ def norms(params: Any, plan: Plan, radii: Radii | None = None) -> dict[str, Laye
     leaves, result = checked_leaves(params, plan), {}
     for stack in layer_stacks(leaves, plan):
         bucket = stack.bucket
-        stacked = bucket.matrices(bucket.own(leaves))
+        stacked = bucket.matrices([leaves[path] for path in bucket.paths])
         tables = _of_bucket(
             stacked,
             _radii(stack, radii, stacked.dtype),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ..manifolds import compute_dtype
+from ..linalg import compute_dtype
 
 
 @jax.tree_util.register_dataclass

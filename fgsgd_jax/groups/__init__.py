@@ -2,19 +2,10 @@
 
 from ._as_plan import Rules as Rules, as_plan as as_plan, as_rules as as_rules
 from ._automatic import automatic as automatic
-from ._buckets import (
-    Bucket as Bucket,
-    Stacks as Stacks,
-    buckets as buckets,
-    gammas as gammas,
-    groups_of as groups_of,
-    kinds_of as kinds_of,
-    names_of as names_of,
-    widest as widest,
-)
+from ._buckets import Bucket as Bucket
 from ._collection import Collection as Collection
-from ._paths import by_path as by_path, from_paths as from_paths, unboxed as unboxed
-from ._plan import Plan as Plan, array_leaves as array_leaves, plan as plan
+from ._paths import array_leaves as array_leaves, by_path as by_path, from_paths as from_paths, unboxed as unboxed
+from ._plan import Plan as Plan, plan as plan
 from ._schemes import (
     PI as PI,
     PIO as PIO,
@@ -23,6 +14,13 @@ from ._schemes import (
     Each as Each,
     Scheme as Scheme,
     Whole as Whole,
+)
+from ._stacks import (
+    Stacks as Stacks,
+    gammas as gammas,
+    groups_of as groups_of,
+    kinds_of as kinds_of,
+    names_of as names_of,
 )
 from ._trace import Trace as Trace
 from ._views import View as View

@@ -3,15 +3,16 @@
 from collections.abc import Iterable
 from typing import Any
 
-from ._kept import Kept
-from ._paths import Pattern
-from ._plan import Plan, array_leaves, checked_rules, plan
+from ._paths import Pattern, array_leaves
+from ._plan import Plan, checked_rules, plan
 from ._schemes import Scheme
 
 Rules = Iterable[tuple[Pattern, Scheme | None]]
 
-# As many as a program has optimizers, models and parts of them; a plan holds a few bytes for each matrix.
-_plans: Kept[Plan] = Kept(64)
+# The oldest first. As many as a program has optimizers, models and parts of them; a plan holds a few bytes for each
+# matrix.
+_plans: dict[Any, Plan] = {}
+_MOST = 64
 
 
 class _Same:
@@ -61,4 +62,8 @@ def as_plan(rules: Plan | Rules, params: Any) -> Plan:
         tuple((pattern if isinstance(pattern, str) else _Same(pattern), _Same(scheme)) for pattern, scheme in rules),
         tuple((path, tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()),
     )
-    return _plans.get(key, lambda: plan(params, rules))
+    if key not in _plans:
+        _plans[key] = plan(params, rules)
+        if len(_plans) > _MOST:
+            del _plans[next(iter(_plans))]
+    return _plans[key]

@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,6 @@ from jax.tree_util import (
     tree_leaves_with_path,
 )
 
-from ._kept import Kept
-
 Pattern = str | Callable[[str, Any], bool]
 
 _NAMES = {DictKey: "key", SequenceKey: "idx", GetAttrKey: "name", FlattenedIndexKey: "key"}
@@ -34,17 +33,46 @@ def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
     Raises:
       ValueError: two leaves have one path.
     """
-    return dict(zip(*_named(tree, is_leaf), strict=True))
+    if is_leaf is None:
+        nodes, structure = jax.tree.flatten(tree, is_leaf=_is_box)
+        leaves = [_content(node) if _is_box(node) else node for node in nodes]
+        if all_leaves(leaves):
+            # Making thousands of keys takes longer than all the rest, and they depend on the structure alone.
+            try:
+                return dict(zip(_paths_of(structure), leaves, strict=True))
+            except TypeError:
+                pass  # some structures have no hash
+    found = _with_keys(tree, is_leaf)
+    return dict(zip(_distinct([keys for keys, _ in found]), [leaf for _, leaf in found], strict=True))
+
+
+def array_leaves(tree: Any, role: str = "parameters") -> dict[str, Any]:
+    """The leaves by path, if they are arrays or say the shape and dtype of one. `role`: what the tree holds."""
+    leaves = by_path(tree)
+    for path, leaf in leaves.items():
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            remedy = (
+                "jnp.asarray of it"
+                if isinstance(leaf, (bool, int, float, complex))
+                else (
+                    "the tree of the parameters alone: nnx.state(model, nnx.Param) of an NNX model, eqx.filter(model, "
+                    'eqx.is_inexact_array) of an equinox model, variables["params"] of a linen one'
+                )
+            )
+            raise TypeError(
+                f"{path}: the {role} are arrays, this is {reprlib.repr(leaf)} (a {type(leaf).__name__}); give {remedy}"
+            )
+    return leaves
 
 
 def from_paths(leaves: dict[str, Any], like: Any) -> Any:
     """The tree of the structure of `like` with the given leaves, by path."""
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in _named(like)[0]])
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in by_path(like)])
 
 
 def unboxed(leaves: dict[str, Any], like: Any) -> Any:
     """`from_paths` without Flax's boxes: a prefix of `like`, and of the same tree when its boxes are gone."""
-    paths = iter(_named(like)[0])
+    paths = iter(by_path(like))
     nodes, structure = jax.tree.flatten(like, is_leaf=_is_box)
 
     def filled(node: Any) -> Any:
@@ -74,24 +102,16 @@ def _glob(pattern: str) -> re.Pattern:
     return re.compile(f"(?s:.*/)?{fnmatch.translate(pattern)}")
 
 
-def _named(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[Sequence[str], list[Any]]:
-    """Paths and leaves of a tree, in its order."""
-    if is_leaf is None:
-        nodes, structure = jax.tree.flatten(tree, is_leaf=_is_box)
-        leaves = [_content(node) if _is_box(node) else node for node in nodes]
-        if all_leaves(leaves):
-            # Making thousands of keys takes longer than all the rest, and they depend on the structure alone.
-            return _paths.get(structure, lambda: _distinct(_with_keys(tree))), leaves
-    found = _with_keys(tree, is_leaf)
-    return _distinct(found), [leaf for _, leaf in found]
+@functools.lru_cache(maxsize=64)
+def _paths_of(structure: Any) -> Sequence[str]:
+    """The paths of a tree whose boxes are leaves."""
+    leaves = tree_leaves_with_path(jax.tree.unflatten(structure, range(structure.num_leaves)))
+    return _distinct([keys for keys, _ in leaves])
 
 
-_paths: Kept[Sequence[str]] = Kept(64)
-
-
-def _distinct(found: list[tuple[tuple, Any]]) -> Sequence[str]:
+def _distinct(found: list[tuple]) -> Sequence[str]:
     keys_of: dict[str, tuple] = {}
-    for keys, _ in found:
+    for keys in found:
         if (path := path_of(keys)) in keys_of:
             raise ValueError(
                 f"two leaves have the path {path!r}: {keystr(keys_of[path])} and {keystr(keys)}; rename one of them"
@@ -119,14 +139,16 @@ def _content(box: Any) -> Any:
 
 
 def _is_box(node: Any) -> bool:
-    return _is_class_of_boxes(type(node))
+    cls = type(node)
+    if cls not in _BOXES:
+        # By name: the core does without flax. A field `value` of any other class is a component like the others.
+        _BOXES[cls] = any(
+            (base.__name__ == "Variable" and base.__module__.startswith("flax.nnx"))
+            or (base.__name__ == "AxisMetadata" and base.__module__ == "flax.core.meta")
+            for base in cls.__mro__
+        )
+    return _BOXES[cls]
 
 
-@functools.cache
-def _is_class_of_boxes(cls: type) -> bool:
-    # By name: the core does without flax. A field `value` of any other class is a component like the others.
-    return any(
-        (base.__name__ == "Variable" and base.__module__.startswith("flax.nnx"))
-        or (base.__name__ == "AxisMetadata" and base.__module__ == "flax.core.meta")
-        for base in cls.__mro__
-    )
+# Of each class whether its objects are boxes.
+_BOXES: dict[type, bool] = {}

@@ -4,7 +4,6 @@ import difflib
 import functools
 import json
 import math
-import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..manifolds import UNSTATED, Euclidean, Manifold
+from ._buckets import Bucket, buckets_of
 from ._collection import Collection, Entry, describe_manifold
 from ._deal import Bits
 from ._json import digest, entry_from_json, entry_to_json
-from ._paths import Pattern, by_path, matches, unboxed
+from ._paths import Pattern, array_leaves, by_path, matches, unboxed
 from ._schemes import Scheme
 from ._trace import Trace
 from ._views import View, default_view, doubt
@@ -59,8 +59,6 @@ class Plan:
         self.order = order
         # The tree of the parameters with their paths for leaves.
         self._names = names
-        # Kept by `buckets`: every line of a step asks for them.
-        self._buckets: Any = None
 
     def __getitem__(self, path: str) -> Collection | None:
         """The collection of the parameter at `path`; None if it is unconstrained."""
@@ -80,6 +78,11 @@ class Plan:
     def collections(self) -> dict[str, Collection]:
         """The parameters that have a collection, by path."""
         return {path: entry.collection for path, entry in self.entries.items() if entry.collection is not None}
+
+    @functools.cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The buckets of the collections. Static: the same for all seeds."""
+        return buckets_of(self.entries)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.difference(other) is None
@@ -223,25 +226,6 @@ def plan(
     trace = gamma if isinstance(gamma, Trace) else trace
     constrained = [path for path, entry in entries.items() if entry.collection and entry.collection.constrained]
     return Plan(entries, seed, trace.order(constrained) if trace else (), names)
-
-
-def array_leaves(tree: Any, role: str = "parameters") -> dict[str, Any]:
-    """The leaves by path, if they are arrays or say the shape and dtype of one. `role`: what the tree holds."""
-    leaves = by_path(tree)
-    for path, leaf in leaves.items():
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            remedy = (
-                "jnp.asarray of it"
-                if isinstance(leaf, (bool, int, float, complex))
-                else (
-                    "the tree of the parameters alone: nnx.state(model, nnx.Param) of an NNX model, eqx.filter(model, "
-                    'eqx.is_inexact_array) of an equinox model, variables["params"] of a linen one'
-                )
-            )
-            raise TypeError(
-                f"{path}: the {role} are arrays, this is {reprlib.repr(leaf)} (a {type(leaf).__name__}); give {remedy}"
-            )
-    return leaves
 
 
 def checked_rules(rules) -> list[tuple[Pattern, Scheme | None]]:

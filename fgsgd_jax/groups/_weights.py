@@ -14,14 +14,15 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..linalg import largest, norm, squared_norm
-from ..manifolds import Euclidean, Mixture, compute_dtype
+from ..linalg import compute_dtype, largest, norm, squared_norm
+from ..manifolds import Euclidean, Mixture
 from ._as_plan import Rules, as_plan
 from ._automatic import automatic
-from ._buckets import Bucket, buckets, gammas, kinds_of
+from ._buckets import Bucket
 from ._collection import Collection
-from ._paths import from_paths
-from ._plan import Plan, array_leaves
+from ._paths import array_leaves, from_paths
+from ._plan import Plan
+from ._stacks import gammas, kinds_of
 
 Radii = dict[str, Float[Array | np.ndarray, "*layers inputs outputs"]]
 
@@ -220,7 +221,7 @@ _PARAMETERS = 32
 def _parts(plan: Plan, leaves: dict[str, Array]) -> Iterator[_Part]:
     """The weights of a plan by shape and structure, a few at a time."""
     layout = []
-    for bucket in buckets(plan):
+    for bucket in plan.buckets:
         count = len(bucket.paths)
         size = -(-count // -(-count // _PARAMETERS))
         # The last part is filled up with its last parameter, so that all are of one size.
@@ -229,7 +230,8 @@ def _parts(plan: Plan, leaves: dict[str, Array]) -> Iterator[_Part]:
         layout += [dataclasses.replace(bucket, paths=paths[start : start + size]) for start in starts]
     for bucket, kind, gamma in zip(layout, kinds_of(plan, layout), gammas(plan, leaves, layout), strict=True):
         numbered = dataclasses.replace(bucket, paths=tuple(map(str, range(len(bucket.paths)))))
-        yield _Part(numbered, bucket.paths, kind if len(bucket.kinds) > 1 else None, gamma, bucket.own(leaves))
+        own = tuple(leaves[path] for path in bucket.paths)
+        yield _Part(numbered, bucket.paths, kind if len(bucket.kinds) > 1 else None, gamma, own)
 
 
 def _placed(found: dict[str, Array], before: dict[str, Array], like: Any) -> Any:
@@ -313,7 +315,7 @@ def _without_scale(bucket: Bucket, kind, tensors):
     x = bucket.matrices(tensors)
     length = norm(x, (-2, -1))
     on = Mixture(bucket.kinds, kind).constrained(jnp.ones_like(length)) > 0
-    return jnp.any(bucket.by_path(on & ~is_scale(length, x.dtype)), axis=1)
+    return jnp.any(on & ~is_scale(length, x.dtype), axis=range(1, on.ndim))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -321,4 +323,4 @@ def _violation(bucket: Bucket, kind, radius, tensors):
     x = bucket.matrices(tensors)
     mixture = Mixture(bucket.kinds, kind)
     mixture = mixture.at(mixture.radius_of(x) if radius is None else radius.astype(x.dtype))
-    return largest(bucket.by_path(mixture.violation(x)), 1)
+    return largest(mixture.violation(x), range(1, x.ndim - 2))

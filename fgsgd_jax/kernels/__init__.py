@@ -14,7 +14,6 @@ from ._descend import (
     planes as planes,
     unserved as unserved,
 )
-from ._many import are_many as are_many, pack as pack, unpack as unpack
+from ._layers import are_many as are_many, pack as pack, unpack as unpack, unstack as unstack
 from ._pallas_layer import LayerType as LayerType, Planes as Planes
-from ._values import stack as stack, unstack as unstack
-from ._zeta import reciprocal_zeta as reciprocal_zeta
+from ._reference import reciprocal_zeta as reciprocal_zeta

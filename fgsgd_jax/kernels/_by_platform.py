@@ -3,9 +3,9 @@
 `lax.platform_dependent` would trace the ways of all platforms, and does not know how many devices a program is for.
 """
 
-import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,22 +44,23 @@ def by_platform(
       *args: pytrees of arrays.
       batched: what `jax.vmap` makes of it, given the arguments with one more axis in front; None for the default's.
     """
-    leaves, structure = jax.tree.flatten(_varying(args))
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        args = _varying(args)
+    leaves, structure = jax.tree.flatten(args)
     shapes, result = jax.tree.flatten(like)
-
-    def flat(way: Way) -> Callable[..., list[Any]]:
-        def of_leaves(*leaves: Any) -> list[Any]:
-            found, own = jax.tree.flatten(way(*jax.tree.unflatten(structure, leaves)))
-            assert own == result, (own, result)
-            return found
-
-        return of_leaves
-
-    flat_ways = tuple((name, lambda program, of=of: flat(of(program))) for name, of in ways.items())
     types = tuple((each.shape, each.dtype) for each in shapes)
-    own = batched and flat(batched)
-    found = _by_platform_p.bind(*leaves, default=flat(default), ways=flat_ways, types=types, batched=own)
+    of_leaves = functools.partial(_of_leaves, structure, result)
+    found = _by_platform_p.bind(
+        *leaves, default=default, ways=tuple(ways.items()), types=types, batched=batched, of_leaves=of_leaves
+    )
     return jax.tree.unflatten(result, found)
+
+
+def _of_leaves(structure: Any, result: Any, way: Way, *leaves: Any) -> list[Any]:
+    """A way from leaves to leaves."""
+    found, own = jax.tree.flatten(way(*jax.tree.unflatten(structure, leaves)))
+    assert own == result, (own, result)
+    return found
 
 
 _SHARED: contextvars.ContextVar[bool | None] = contextvars.ContextVar("shared", default=None)
@@ -71,19 +72,8 @@ def is_shared() -> bool:
     return jax.device_count() > 1 if known is None else known
 
 
-@contextlib.contextmanager
-def _lowered_for(program: Program) -> Iterator[None]:
-    token = _SHARED.set(program.is_shared)
-    try:
-        yield
-    finally:
-        _SHARED.reset(token)
-
-
 def _varying(args: Any) -> Any:
-    """The arguments, in `shard_map` of a type that differs between devices where that of any of them does."""
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return args
+    """The arguments of `shard_map`'s function, all of a type that differs between devices where that of any does."""
     nothing: Any = sum(jnp.zeros_like(leaf, jnp.float32, shape=()) for leaf in jax.tree.leaves(args))
 
     def varied(leaf: Array) -> Array:
@@ -97,7 +87,7 @@ _by_platform_p.multiple_results = True
 
 
 @_by_platform_p.def_impl
-def _eager(*leaves: Any, default: Way, ways: Any, **params: Any) -> list[Array]:
+def _eager(*leaves: Any, default: Way, ways: Any, of_leaves: Any, **params: Any) -> list[Array]:
     del params
     arrays = [jnp.asarray(leaf) for leaf in leaves]  # some may be NumPy's
     devices = set().union(*(array.devices() for array in arrays))
@@ -106,7 +96,7 @@ def _eager(*leaves: Any, default: Way, ways: Any, **params: Any) -> list[Array]:
     # Not jitted: these functions are new in every call. What they call may be, even where a user has all else run
     # operation by operation.
     with jax.disable_jit(False):
-        return (default if of is None else of(Program(False, False)))(*arrays)
+        return of_leaves(default if of is None else of(Program(False, False)), *arrays)
 
 
 @_by_platform_p.def_abstract_eval
@@ -117,23 +107,21 @@ def _types(*leaves: Any, types: Any, **params: Any) -> list[Any]:
 
 
 def _lowering(platform: str | None) -> Any:
-    def rule(ctx: Any, *leaves: Any, default: Way, ways: Any, **params: Any) -> Any:
+    def rule(ctx: Any, *leaves: Any, default: Way, ways: Any, of_leaves: Any, **params: Any) -> Any:
         del params
-        parameters = ctx.module_context.lowering_parameters
-        program = Program(_shares(ctx.module_context.axis_context), parameters.for_export)
+        parameters, context = ctx.module_context.lowering_parameters, ctx.module_context.axis_context
+        if isinstance(context, mlir.SPMDAxisContext):
+            shared = set(context.manual_axes) != set(context.mesh.axis_names)
+        else:
+            shared = isinstance(context, mlir.ShardingContext) and context.num_devices != 1
         of = dict(ways).get(platform)
-        with _lowered_for(program):
-            return mlir.lower_fun(default if of is None else of(program))(ctx, *leaves)
+        way = default if of is None else of(Program(shared, parameters.for_export))
+        # Where `is_shared` is known.
+        own = contextvars.copy_context()
+        own.run(_SHARED.set, shared)
+        return own.run(mlir.lower_fun(functools.partial(of_leaves, way)), ctx, *leaves)
 
     return rule
-
-
-def _shares(context: Any) -> bool:
-    if isinstance(context, mlir.ShardingContext):
-        return context.num_devices != 1
-    if isinstance(context, mlir.SPMDAxisContext):
-        return set(context.manual_axes) != set(context.mesh.axis_names)
-    return False
 
 
 mlir.register_lowering(_by_platform_p, _lowering(None))
@@ -141,18 +129,21 @@ for _platform in ("cpu", "tpu", "cuda"):
     mlir.register_lowering(_by_platform_p, _lowering(_platform), _platform)
 
 
-def _derivative(primals: Sequence[Any], tangents: Sequence[Any], default: Way, **params: Any) -> Any:
-    found = _by_platform_p.bind(*primals, default=default, **params)
-    return found, jax.jvp(default, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))[1]
+def _derivative(primals: Sequence[Any], tangents: Sequence[Any], default: Way, of_leaves: Any, **params: Any) -> Any:
+    found = _by_platform_p.bind(*primals, default=default, of_leaves=of_leaves, **params)
+    own = functools.partial(of_leaves, default)
+    return found, jax.jvp(own, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))[1]
 
 
-def _batched(leaves: Sequence[Any], axes: Sequence[Any], default: Way, batched: Way | None, **params: Any) -> Any:
+def _batched(
+    leaves: Sequence[Any], axes: Sequence[Any], default: Way, batched: Way | None, of_leaves: Any, **params: Any
+) -> Any:
     del params
     if batched is None:
-        found = jax.vmap(default, tuple(axes))(*leaves)
+        found = jax.vmap(functools.partial(of_leaves, default), tuple(axes))(*leaves)
     else:
         size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
-        found = batched(*(_in_front(leaf, axis, size) for leaf, axis in zip(leaves, axes, strict=True)))
+        found = of_leaves(batched, *(_in_front(leaf, axis, size) for leaf, axis in zip(leaves, axes, strict=True)))
     return found, [0] * len(found)
 
 

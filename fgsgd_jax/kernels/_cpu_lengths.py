@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ..linalg import matmul
 from ..manifolds import Euclidean, Manifold, Mixture, Oblique, Sphere
-from ._layers import Layer, Results, joined, split
+from ._layers import Layer, Layers, Operation, Results, joined, runs, split
 
 # So many slices are added up in one loop over their entries; of 16 and more XLA on CPU makes several.
 _SLICES = 8
@@ -21,19 +21,14 @@ def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
     return n * p * count > 0 and all(type(manifold) in (Euclidean, Sphere, Oblique) for manifold in manifolds)
 
 
-def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
-    """See `_reference.tangent`."""
-    layer = joined(layers)
-    t = _tangent(manifolds, layer)
-    return split(t, layers), split(total(jnp.square(t), whole=True)[..., 0, 0], layers)
-
-
-def step(
-    manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
-) -> Results:
-    """See `_reference.step`."""
-    layer = joined(layers)
-    v = factor * (layer.w if is_tangent else _tangent(manifolds, layer))
+@runs
+def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
+    """See `_reference.run`."""
+    layer, manifolds = joined(layers), operation.manifolds
+    if not operation.is_step:
+        t = _tangent(manifolds, layer)
+        return split(t, total(jnp.square(t), whole=True)[..., 0, 0], layers)
+    v = factor * (layer.w if operation.is_tangent else _tangent(manifolds, layer))
     y = layer.x + v
     squares = _lengths(manifolds, layer, jnp.square(y), jnp.square(layer.radius))
     # A tangent step gives at least s². Next to nothing, overflow and NaN mean that there is no step to take.
@@ -53,8 +48,7 @@ def step(
     # Behind the branches the subtraction would be a pass of its own.
     displacement = lax.cond(jnp.all(fine), lambda: y * scale - layer.x, lambda: somewhere() - layer.x)
     ratio = jnp.sqrt(total(jnp.square(v), whole=True)) / radius
-    constrained = Mixture(manifolds, layer.kind).constrained(ratio[..., 0, 0])
-    return split(displacement, layers), split(constrained, layers)
+    return split(displacement, Mixture(manifolds, layer.kind).constrained(ratio[..., 0, 0]), layers)
 
 
 def _origins(manifolds: tuple[Manifold, ...], layer: Layer) -> Array:

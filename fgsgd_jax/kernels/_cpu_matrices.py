@@ -5,6 +5,7 @@ XLA on CPU makes a copy of the first, and takes longer for the second than for a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -14,9 +15,21 @@ from jaxtyping import Array, Float
 from ..linalg import Products, gram, identity, matmul, or_fallback, polar_iteration, transpose
 from ..manifolds import Manifold, Stiefel
 from . import _reference
-from ._cpu_chunks import by_chunks, fusion_barrier
 from ._cpu_lengths import total
-from ._layers import Layer, Results, by_polar, is_wide, joined, split, unpacked
+from ._layers import (
+    Layer,
+    Layers,
+    Operation,
+    Results,
+    by_chunks,
+    by_polar,
+    fusion_barrier,
+    is_wide,
+    joined,
+    one_by_one,
+    runs,
+    split,
+)
 
 # In each of the arrays of a step so many numbers stay in a core's L2 cache; so few do all together.
 _NUMBERS, _FEW_NUMBERS = 2**17, 2**20
@@ -33,33 +46,25 @@ def _is_large(n: int, p: int) -> bool:
     return n * p * min(n, p) > _MULTIPLICATIONS
 
 
-def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
-    """See `_reference.tangent`."""
-    return _by_matrices(_reference.tangent_of(_own(manifolds)), layers)
-
-
-def step(
-    manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
-) -> Results:
-    """See `_reference.step`."""
-    return _by_matrices(_reference.step_of(_own(manifolds), factor, is_tangent), layers)
-
-
-def _by_matrices(of: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
-    if _is_large(*layers[0].x.shape[-2:]):
-        return unpacked([_by_chunks(of, layer) for layer in layers])
+@runs
+def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
+    """See `_reference.run`."""
+    # Radii are those of the layers.
+    own = tuple(_Stiefel() if by_polar(manifold) else manifold for manifold in operation.manifolds)
+    of_layer = functools.partial(_reference.of_layer, operation._replace(manifolds=own), factor=factor)
+    if _is_large(*layers[0].x[0].shape[-2:]):
+        return one_by_one(functools.partial(_by_chunks, of_layer), layers)
     # Fused with reshapes, a concatenation asks of every entry in which of the parts it is.
     layer = joined(layers, lambda parts: fusion_barrier(lambda *parts: jnp.concatenate(parts), *parts))
-    results, figures = _by_chunks(of, layer)
-    return split(results, layers), split(figures, layers)
+    return split(*_by_chunks(of_layer, layer), layers)
 
 
-def _by_chunks(of: Callable[[Layer], tuple[Array, Array]], layer: Layer) -> tuple[Array, Array]:
+def _by_chunks(of_layer: Callable[[Layer], tuple[Array, Array]], layer: Layer) -> tuple[Array, Array]:
     n, p = layer.x.shape[-2:]
     if not _by_few(n, p, layer.radius.size):
-        return of(layer)
-    flat = joined([layer])
-    results, figures = by_chunks(of, flat, _size(*flat.x.shape), axis=0)
+        return of_layer(layer)
+    flat = joined([Layers((layer.x,), (layer.w,), *layer[2:])])
+    results, figures = by_chunks(of_layer, flat, _size(*flat.x.shape), axis=0)
     return results.reshape(layer.x.shape), figures.reshape(layer.radius.shape)
 
 
@@ -72,11 +77,6 @@ def _size(count: int, n: int, p: int) -> int:
     """The matrices of a chunk: as many as fit the cache and divide all."""
     most = max(1, _NUMBERS // (n * p))
     return next(size for size in range(most, 0, -1) if count % size == 0)
-
-
-def _own(manifolds: tuple[Manifold, ...]) -> tuple[Manifold, ...]:
-    # Radii are those of the layers.
-    return tuple(_Stiefel() if by_polar(manifold) else manifold for manifold in manifolds)
 
 
 @dataclasses.dataclass(frozen=True)

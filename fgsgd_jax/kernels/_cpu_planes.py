@@ -9,19 +9,19 @@ the retraction is `s y C(yᵀy)` with `y = (x + v)/s`; only the p×p matrix C de
 all of them.
 """
 
+import dataclasses
 import functools
+import itertools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
-from ._cpu_chunks import by_chunks, fusion_barrier, offsets
-from ._layers import Layer, Results, by_polar, unpacked
+from ._layers import Layer, Layers, Operation, Results, by_chunks, by_polar, fusion_barrier, offsets, runs
 
 # Up to so many multiplications a product costs little beside moving its operands: 9×9 matrices.
 _MULTIPLICATIONS = 768
@@ -45,57 +45,48 @@ def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
     )
 
 
-def tangent(manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
-    """See `_reference.tangent`."""
+@runs
+def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
+    """See `_reference.run`."""
 
     def of_chunk(layer: Layer) -> tuple[Array, Array]:
-        t = _Members(manifolds, layer.kind).apart(_Members.tangent, layer.x, layer.w, 1 / layer.radius)
-        return t, _sum(jnp.square(t))
-
-    return _by_chunks(of_chunk, layers)
-
-
-def step(
-    manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
-) -> Results:
-    """See `_reference.step`."""
-
-    def of_chunk(layer: Layer) -> tuple[Array, Array]:
-        on, inverse = _Members(manifolds, layer.kind), 1 / layer.radius
-        v = layer.w if is_tangent else on.tangent(layer.x, layer.w, inverse)
-        ratio, y = on.apart(_Members.ambient, layer.x, v, factor, inverse)
-        growth = jnp.ones_like(inverse) if layer.new_radius is None else layer.new_radius * inverse
-        displacement = on.displacement(layer.x, y, layer.radius, growth)
+        x, w, kind, radius, new_radius = layer
+        on, inverse = _On(operation.manifolds, kind), 1 / radius
+        if not operation.is_step:
+            t = fusion_barrier(_On.tangent, on, x, w, inverse)
+            return t, _sum(jnp.square(t))
+        v = w if operation.is_tangent else on.tangent(x, w, inverse)
+        ratio, y = fusion_barrier(_On.ambient, on, x, v, factor, inverse)
+        growth = jnp.ones_like(inverse) if new_radius is None else new_radius * inverse
+        usable, radius = jnp.ones((1, 1, 1), bool), jnp.where(on.of(Euclidean), 1, radius)
+        if Stiefel in map(type, operation.manifolds):
+            y, usable = on.polar(y)
+        squares = fusion_barrier(lambda on, y: on.lengths(jnp.square(y), 1.0), on, y)
+        # Sphere and oblique: a tangent step gives at least 1. No step where y is zero, overflows or is not a number.
+        info = jnp.finfo(x.dtype)
+        fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares) & usable
+        scale = radius * growth / jnp.sqrt(jnp.where(fine, squares, 1))
+        displacement = lax.cond(
+            jnp.all(fine),
+            lambda: y * scale - x,
+            lambda: jnp.where(fine, y * scale, on.point(x / radius) * (radius * growth)) - x,
+        )
         return displacement, jnp.where(on.of(Euclidean), 0, ratio)
 
-    return _by_chunks(of_chunk, layers)
+    joined, size = _join(layers)
+    return _split(*by_chunks(of_chunk, joined, size, axis=-1), layers)
 
 
-def _by_chunks(of_chunk: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layer]) -> Results:
-    # Layers of one shape side by side.
-    order = sorted(range(len(layers)), key=lambda place: layers[place].x.shape)
-    joined, size = _join([layers[place] for place in order])
-    pairs = _split(*by_chunks(of_chunk, joined, size, axis=-1), [layers[place] for place in order])
-    found = dict(zip(order, pairs, strict=True))
-    return unpacked([found[place] for place in range(len(layers))])
-
-
-class _Members:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _On:
     """The arithmetic on matrices `[n, p, count]`, of which `kind` says on which of the manifolds they lie.
 
     Values of one number for each matrix are `[1, 1, count]`, or of that rank.
     """
 
-    def __init__(self, manifolds: tuple[Manifold, ...], kind: Array | None):
-        self.manifolds, self.kind = manifolds, kind
-        self.has_stiefel = any(type(manifold) is Stiefel for manifold in manifolds)
-
-    def apart(self, function: Callable[..., Any], *args: Array) -> Any:
-        """`function(self, *args)` behind a fusion barrier."""
-        if self.kind is None:
-            return fusion_barrier(functools.partial(function, self), *args)
-        # `kind` is an argument: what a barrier returns differs between devices where any of its arguments does.
-        return fusion_barrier(lambda kind, *args: function(_Members(self.manifolds, kind), *args), self.kind, *args)
+    manifolds: tuple[Manifold, ...] = dataclasses.field(metadata={"static": True})
+    kind: Int[Array, "1 1 count"] | None
 
     def of(self, cls: type[Manifold]) -> Bool[Array, "1 1 #count"]:
         """Which matrices are of this class."""
@@ -106,13 +97,13 @@ class _Members:
 
     def tangent(self, x: Array, g: Array, inverse: Array) -> Array:
         """`g - x C(xᵀg)/s²`."""
-        if not self.has_stiefel:
-            return g - x * (self._lengths(x * g, 0.0) * jnp.square(inverse))
-        return g - matmul(x, self.apart(_Members._core, x, g, inverse))
+        if Stiefel not in map(type, self.manifolds):
+            return g - x * (self.lengths(x * g, 0.0) * jnp.square(inverse))
+        return g - matmul(x, fusion_barrier(_On.core, self, x, g, inverse))
 
-    def _core(self, x: Array, g: Array, inverse: Array) -> Float[Array, "p p count"]:
-        products = gram(x, g)
-        diagonal = identity(products) * self._lengths(x * g, 0.0)
+    def core(self, x: Array, g: Array, inverse: Array) -> Float[Array, "p p count"]:
+        products = matmul(jnp.swapaxes(x, 0, 1), g)
+        diagonal = jnp.eye(len(products), dtype=x.dtype)[:, :, None] * self.lengths(x * g, 0.0)
         symmetric = (products + jnp.swapaxes(products, 0, 1)) / 2
         return jnp.where(self.of(Stiefel), symmetric, diagonal) * jnp.square(inverse)
 
@@ -123,32 +114,16 @@ class _Members:
         shrink = jnp.where(self.of(Stiefel) & (ratio > 0.4), 1 / (1 + ratio), 1)
         return ratio, (x + factor * v) * jnp.where(self.of(Euclidean), 1, inverse * shrink)
 
-    def displacement(self, x: Array, y: Array, radius: Array, growth: Array) -> Array:
-        """`s y C(yᵀy) - x`, the first term times `growth`; no step where y is zero, overflows or is not a number."""
-        usable, radius = jnp.ones((1, 1, 1), bool), jnp.where(self.of(Euclidean), 1, radius)
-        if self.has_stiefel:
-            y, usable = self._polar(y)
-        squares = self.apart(lambda on, y: on._lengths(jnp.square(y), 1.0), y)
-        # Sphere and oblique: a tangent step gives at least 1.
-        info = jnp.finfo(x.dtype)
-        fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares) & usable
-        scale = radius * growth / jnp.sqrt(jnp.where(fine, squares, 1))
-        return lax.cond(
-            jnp.all(fine),
-            lambda: y * scale - x,
-            lambda: jnp.where(fine, y * scale, self._point(x / radius) * (radius * growth)) - x,
-        )
-
-    def _point(self, x: Array) -> Array:
+    def point(self, x: Array) -> Array:
         """`x`, or some point where it is none by its length."""
         n, p = x.shape[:2]
-        lengths = self._lengths(jnp.square(x), 1.0)
+        lengths = self.lengths(jnp.square(x), 1.0)
         lengths = jnp.where(self.of(Stiefel), _sum(jnp.square(x)) / p, lengths)
         origin = jnp.where(self.of(Sphere), (n * p) ** -0.5, n**-0.5)
         origin = jnp.where(self.of(Stiefel), jnp.eye(n, p, dtype=x.dtype)[:, :, None], origin.astype(x.dtype))
         return jnp.where(jnp.abs(lengths - 1) < 0.1, x, origin)
 
-    def _polar(self, y: Array) -> tuple[Array, Bool[Array, "1 1 count"]]:
+    def polar(self, y: Array) -> tuple[Array, Bool[Array, "1 1 count"]]:
         """`y` with the polar factors of its Stiefel matrices, and which converged: see `linalg.orthonormalize`.
 
         A turn here is the Taylor polynomial of order 4 of (I + e)^-½ where that of `linalg` is of order 1. It is exact
@@ -156,42 +131,45 @@ class _Members:
         """
         enough = float(jnp.finfo(y.dtype).eps) ** 0.2
 
-        def unfinished(carry):
-            _, bound, turns = carry
-            return jnp.any(bound > enough) & (turns < _MOST_TURNS)
+        eye = jnp.eye(y.shape[1], dtype=y.dtype)[:, :, None]
 
         def turn(carry):
             y, _, turns = carry
-            e = fusion_barrier(lambda y: gram(y, y) - identity(y[: y.shape[1]]), y)
+            # Of other matrices it is zero, so that they do not change.
+            e = fusion_barrier(
+                lambda on, y: jnp.where(on.of(Stiefel), matmul(jnp.swapaxes(y, 0, 1), y) - eye, 0), self, y
+            )
             square = fusion_barrier(matmul, e, e)
-            root, bound = self.apart(_Members._inverse_root, e, square)
+            # The polynomial less I, and a bound of ‖e‖₂.
+            root, bound = fusion_barrier(
+                lambda e, square: (
+                    0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e),
+                    jnp.sqrt(jnp.sqrt(_sum(jnp.square(square)))),
+                ),
+                e,
+                square,
+            )
             return fusion_barrier(lambda y, root: y + matmul(y, root), y, root), bound, turns + 1
 
         # Made of y, so that in `shard_map` it differs between devices where y does.
         start = jnp.inf + 0 * y[:1, :1]
-        y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
+        y, bound, _ = lax.while_loop(
+            lambda carry: jnp.any(carry[1] > enough) & (carry[2] < _MOST_TURNS), turn, (y, start, 0)
+        )
         return y, bound <= enough
 
-    def _inverse_root(self, e: Array, square: Array) -> tuple[Array, Array]:
-        """The polynomial less I, and a bound of ‖e‖₂; no change of matrices that are not Stiefel."""
-        root = 0.375 * square - 0.5 * e + matmul(square, 0.2734375 * square - 0.3125 * e)
-        bound = jnp.sqrt(jnp.sqrt(_sum(jnp.square(square))))
-        return jnp.where(self.of(Stiefel), root, 0), jnp.where(self.of(Stiefel), bound, 0)
-
-    def _lengths(self, entries: Array, otherwise: float) -> Float[Array, "1 p count"]:
+    def lengths(self, entries: Array, otherwise: float) -> Float[Array, "1 p count"]:
         """Sums over the columns of oblique matrices, over all of those on spheres, and `otherwise`."""
-        columns = _over(operator.add, entries, 0)
-        total = _over(operator.add, columns, 1)
+        columns = _sum(entries, [0])
+        total = _sum(columns, [1])
         return jnp.where(self.of(Sphere), total, jnp.where(self.of(Oblique), columns, otherwise))
 
 
-def _over(pair: Callable[[Array, Array], Array], x: Array, axis: int) -> Array:
-    """The slices along an axis combined by pairs: XLA on CPU reduces over leading axes far slower."""
-    return functools.reduce(pair, jnp.split(x, x.shape[axis], axis=axis))
-
-
-def _sum(x: Float[Array, "n p count"]) -> Float[Array, "1 1 count"]:
-    return _over(operator.add, _over(operator.add, x, 0), 1)
+def _sum(x: Float[Array, "n p count"], axes: Sequence[int] = (0, 1)) -> Float[Array, "1 #p count"]:
+    """Sums over leading axes, slice by slice: XLA on CPU reduces over them far slower."""
+    for axis in axes:
+        x = functools.reduce(operator.add, jnp.split(x, x.shape[axis], axis=axis))
+    return x
 
 
 def matmul(a: Float[Array, "n k count"], b: Float[Array, "k p count"]) -> Float[Array, "n p count"]:
@@ -199,60 +177,49 @@ def matmul(a: Float[Array, "n k count"], b: Float[Array, "k p count"]) -> Float[
     return functools.reduce(operator.add, (a[:, k, None] * b[None, k] for k in range(a.shape[1])))
 
 
-def gram(a: Float[Array, "n p count"], b: Float[Array, "n q count"]) -> Float[Array, "p q count"]:
-    """`aᵀb` as a sum of outer products."""
-    return functools.reduce(operator.add, (a[k, :, None] * b[k, None] for k in range(a.shape[0])))
-
-
-def identity(x: Float[Array, "p p count"]) -> Float[Array, "p p 1"]:
-    """An identity matrix that broadcasts against those of `x`."""
-    return jnp.eye(x.shape[0], dtype=x.dtype)[:, :, None]
-
-
-def _join(layers: Sequence[Layer]) -> tuple[Layer, int]:
+def _join(layers: Sequence[Layers]) -> tuple[Layer, int]:
     """All layers as one, matrices `[n, p, count]` and values `[1, 1, count]`, and how many matrices make a chunk."""
-    n, p = layers[0].x.shape[-2:]
-    flat = [_flat(layer) for layer in layers]
-    count, largest = sum(layer.radius.size for layer in flat), max(flat, key=lambda layer: layer.radius.size)
+    n, p = layers[0].x[0].shape[-2:]
+    flat: list[Layers] = [
+        jax.tree.map(
+            lambda a, rank=own.radius.ndim: (
+                a.ravel() if a.ndim == rank else jnp.moveaxis(a, (-2, -1), (0, 1)).reshape(n, p, -1)
+            ),
+            own,
+        )
+        for own in layers
+    ]
+    count, largest = sum(own.radius.size for own in flat), max(flat, key=lambda own: own.x[0].size)
     chunks = -(-count // max(_LANES, _ENTRIES // (n * p)))
     size = -(-count // (chunks * _LANES)) * _LANES
     missing = chunks * size - count
-    if chunks == 1 or missing > largest.radius.size:
+    if chunks == 1 or missing > largest.x[0].shape[-1]:
         size = count
     elif missing:
-        # The last chunk is filled up with matrices of the largest layer.
-        flat.append(jax.tree.map(lambda a: a[..., :missing], largest))
-
-    def join(*parts: Array) -> Array:
-        whole = jnp.concatenate(parts, axis=-1)
-        # Of values that lie side by side in one array XLA makes one slice. Fused with what follows, a concatenation
-        # asks of every entry in which of the parts it is.
-        return whole if whole.ndim == 3 else fusion_barrier(lambda whole: whole, whole)[None, None]
-
-    return jax.tree.map(join, *flat), size
-
-
-def _flat(layer: Layer) -> Layer:
-    """Matrices `[n, p, count]` and values `[count]`."""
-
-    def flat(a: Array) -> Array:
-        is_value = a.ndim == layer.radius.ndim
-        return a.ravel() if is_value else jnp.moveaxis(a, (-2, -1), (0, 1)).reshape(*a.shape[-2:], -1)
-
-    return jax.tree.map(flat, layer)
+        # The last chunk is filled up with matrices of the largest array.
+        first = largest._replace(x=largest.x[:1], w=largest.w[:1])
+        flat.append(jax.tree.map(lambda a: a[..., :missing], first))
+    x, w, *values = zip(*flat, strict=True)
+    matrices = (jnp.concatenate([*itertools.chain(*arrays)], axis=-1) for arrays in (x, w))
+    # Fused with what follows, a concatenation asks of every entry in which of the parts it is.
+    own = (
+        None if parts[0] is None else fusion_barrier(lambda whole: whole, jnp.concatenate(parts))[None, None]
+        for parts in values
+    )
+    return Layer(*matrices, *own), size
 
 
-def _split(
-    matrices: Float[Array, "n p count"], values: Float[Array, "1 1 count"], layers: Sequence[Layer]
-) -> list[tuple[Array, Array]]:
-    """The layers' parts: undoes `_join`."""
-    sizes = [layer.radius.size for layer in layers]
-    pairs, flat, place = [], values.ravel(), 0
-    for layer, size, start in zip(layers, sizes, offsets(sizes), strict=True):
-        part = lax.dynamic_slice_in_dim(matrices, start, size, axis=-1)
-        part = part.reshape(*matrices.shape[:-1], *layer.radius.shape)
-        # Values are joined again soon: slices of one array vanish if XLA knows that they are adjacent.
-        value = lax.slice_in_dim(flat, place, place + size).reshape(layer.radius.shape)
-        place += size
-        pairs.append((jnp.moveaxis(part, (0, 1), (-2, -1)), value))
-    return pairs
+def _split(matrices: Float[Array, "n p count"], values: Float[Array, "1 1 count"], layers: Sequence[Layers]) -> Results:
+    """Undoes `_join`."""
+    n, p, _ = matrices.shape
+    sizes = [w.size // (n * p) for own in layers for w in own.w]
+    starts, flat, place, found = iter(offsets(sizes)), values.ravel(), 0, []
+    for own in layers:
+        parts = []
+        for w in own.w:
+            part = lax.dynamic_slice_in_dim(matrices, next(starts), w.size // (n * p), axis=-1)
+            parts.append(jnp.moveaxis(part.reshape(n, p, *w.shape[:-2]), (0, 1), (-2, -1)))
+        value = lax.slice_in_dim(flat, place, place + own.radius.size).reshape(own.radius.shape)
+        place += own.radius.size
+        found.append((tuple(parts), value))
+    return found

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Shaped
 
 from . import _pallas_tpu, _pallas_triton
 from ._by_platform import Program
+from ._layers import unstack
 from ._pallas_layer import Descended, LayerType, Moved, Planes
-from ._values import unstack
 
 
 class Form(NamedTuple):

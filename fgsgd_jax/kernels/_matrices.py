@@ -33,8 +33,7 @@ from jaxtyping import Array, Bool, Float
 from ..linalg import identity, transpose
 from ..manifolds import Manifold, Stiefel
 from . import _reference
-from ._by_platform import is_shared
-from ._layers import Layer, Results, by_polar, is_wide, unpacked
+from ._layers import Layers, Operation, Results, by_polar, is_wide, one_by_one
 
 Product = Callable[[Array, Array], Array]
 
@@ -49,40 +48,24 @@ _MOST_TURNS = 100
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """The form of a platform; `splits` says that it makes float32 products of bfloat16 ones, as a TPU does.
-
-    `is_exact` says that `tangent` is, to round-off.
-    """
+    """The form of a platform; `splits` says that it makes float32 products of bfloat16 ones, as a TPU does."""
 
     splits: bool
-    is_exact: bool = False
-
-    @property
-    def exact(self) -> "Matrices":
-        """The same form with tangent vectors to round-off."""
-        return dataclasses.replace(self, is_exact=True)
 
     def serves(self, manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
         """Whether this form serves `count` n×p matrices on these manifolds."""
         del count
         return n * p * min(n, p) > _MULTIPLICATIONS and any(by_polar(manifold) for manifold in manifolds)
 
-    def tangent(self, manifolds: tuple[Manifold, ...], layers: Sequence[Layer]) -> Results:
-        """See `_reference.tangent`."""
-        own = self._by(_Stiefel, manifolds)
-        return unpacked([_reference.tangent_of(own)(layer) for layer in layers])
-
-    def step(
-        self, manifolds: tuple[Manifold, ...], layers: Sequence[Layer], factor: Float[Array, ""], is_tangent: bool
-    ) -> Results:
-        """See `_reference.step`."""
-        own = self._by(_InStep, manifolds)
-        return unpacked([_reference.step_of(own, factor, is_tangent)(layer) for layer in layers])
-
-    def _by(self, cls: type["_Stiefel"], manifolds: tuple[Manifold, ...]) -> tuple[Manifold, ...]:
+    @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+    def run(self, operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
+        """See `_reference.run`."""
         # Radii are those of the layers.
-        own = cls(splits=self.splits, is_exact=self.is_exact)
-        return tuple(own if by_polar(manifold) else manifold for manifold in manifolds)
+        kind = _InStep if operation.is_step else _Stiefel
+        own = kind(splits=self.splits, is_exact=operation.is_exact, is_shared=operation.is_shared)
+        manifolds = tuple(own if by_polar(manifold) else manifold for manifold in operation.manifolds)
+        operation = operation._replace(manifolds=manifolds)
+        return one_by_one(lambda layer: _reference.of_layer(operation, layer, factor), layers)
 
 
 TPU, GPU = Matrices(splits=True), Matrices(splits=False)
@@ -94,6 +77,7 @@ class _Stiefel(Stiefel):
 
     splits: bool = dataclasses.field(default=True, metadata={"static": True})
     is_exact: bool = dataclasses.field(default=False, metadata={"static": True})
+    is_shared: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def _project(self, x, g):
         if self.splits and x.dtype == jnp.float32:
@@ -104,7 +88,7 @@ class _Stiefel(Stiefel):
                 return functools.reduce(operator.add, _passes(_gram, own[:count], own[count:]))
 
             others = _split(g, count) if self.is_exact else [g.astype(jnp.bfloat16)]
-            normal = _split(_symmetric(_over_squares(of, *parts[:count], *others)), count)
+            normal = _split(_symmetric(_over_squares(self.is_shared, of, *parts[:count], *others)), count)
             return functools.reduce(operator.sub, _passes(_times, parts, normal), g)
         return g - _times(x, _symmetric(_gram(x, g, self._rough)), _exact)
 
@@ -112,7 +96,9 @@ class _Stiefel(Stiefel):
         return _exact(a, b)
 
     def _retract(self, x, v):
-        point, converged = _polar(x + v, _gram_by_passes if self.splits else _exact_gram)
+        point, converged = _polar(
+            x + v, functools.partial(_gram_by_passes, self.is_shared) if self.splits else _exact_gram
+        )
         # One row or column tells a point from zeros; to measure them all would read x once more.
         one = x[..., :1, :] if x.shape[-2] <= x.shape[-1] else x[..., :1]
         length = jnp.sum(jnp.square(one), axis=(-2, -1), keepdims=True)
@@ -166,7 +152,7 @@ def _exact_gram(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
     return _gram(y, y, _exact)
 
 
-def _gram_by_passes(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
+def _gram_by_passes(is_shared: bool, y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
     """The same by four products of bfloat16."""
     if y.dtype != jnp.float32:
         return _exact_gram(y)
@@ -175,7 +161,7 @@ def _gram_by_passes(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
         crossed = _gram(first, second, _one_pass) + _gram(first, third, _one_pass)
         return _gram(first, first, _one_pass) + _gram(second, second, _one_pass), crossed
 
-    squares, crossed = _over_squares(of, *_split(y, 3))
+    squares, crossed = _over_squares(is_shared, of, *_split(y, 3))
     return squares + (crossed + transpose(crossed))
 
 
@@ -189,13 +175,13 @@ def _split(x: Float[Array, "*b n p"], parts: int) -> list[Array]:
     return lax.optimization_barrier(found)
 
 
-def _over_squares(of: Callable[..., Any], *arrays: Float[Array, "*b n p"]) -> Any:
+def _over_squares(is_shared: bool, of: Callable[..., Any], *arrays: Float[Array, "*b n p"]) -> Any:
     """The sum of `of` over the squares that large arrays consist of, in a loop; of others at once."""
     *_, n, p = arrays[0].shape
     along, size = (-1, n) if n < p else (-2, p)
     count, rest = divmod(max(n, p), size)
     # Parts of an array that is shared out may lie on other devices.
-    if size < _LARGE or count == 1 or rest or is_shared():
+    if size < _LARGE or count == 1 or rest or is_shared:
         return of(*arrays)
 
     *others, last = arrays

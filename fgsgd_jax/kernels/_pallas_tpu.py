@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from ._pallas_entries import Entries, Points, masked, squared_norm
 from ._pallas_layer import Descended, LayerType, Moved, Planes
-from ._zeta import reciprocal_zeta
+from ._reference import reciprocal_zeta
 
 # What a vector register holds: this many rows of 32-bit numbers, and so many lanes.
 _ROWS, _LANES = 8, 128

@@ -1,13 +1,17 @@
-"""The definition of one step, from the manifolds' own methods: any manifold, any shape, any backend, differentiable."""
+"""The definition of one step, from the manifolds' own methods: any manifold, any shape, any backend, differentiable.
 
-from collections.abc import Callable
+It is a form too. Layers are stacked along the first axis, so that the program does not grow with their number, and
+sharded axes stay as they are.
+"""
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..linalg import squared_norm
-from ..manifolds import Manifold, Mixture
-from ._layers import Layer
+from ..manifolds import Mixture
+from ._layers import Layer, Layers, Operation, Results, runs
 
 
 def tangent(
@@ -16,6 +20,16 @@ def tangent(
     """Line 5 of Algorithm 1: the projection of `g` at `x`, and the squared norms, which may overflow."""
     t = mixture.project(x, g)
     return t, squared_norm(t)
+
+
+def reciprocal_zeta(
+    squares: Float[Array, "..."], rho: float | Float[Array, ""], curvature: float | Float[Array, ""]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Line 6: 1/ζ and R of groups by R², with ζ = max(1, R² Γ)^½, Γ = max((2ρ + R)², 1 + c(ρ + R)): eqs. 5 and 7."""
+    # Where R is infinite, 0·∞ would be NaN; where ζ overflows, nothing is left of the step.
+    r = jnp.minimum(jnp.sqrt(squares), float(jnp.finfo(squares.dtype).max))
+    root_gamma = jnp.maximum(2 * rho + r, jnp.sqrt(jnp.maximum(0, 1 + curvature * (rho + r))))
+    return 1 / jnp.maximum(1, r * root_gamma), r
 
 
 def step(
@@ -38,18 +52,16 @@ def step(
     return y - x, mixture.constrained(jnp.sqrt(squared_norm(v)) / jnp.asarray(mixture.radius, v.dtype))
 
 
-def tangent_of(manifolds: tuple[Manifold, ...]) -> Callable[[Layer], tuple[Array, Array]]:
-    """`tangent` of a layer on these manifolds."""
-    return lambda layer: tangent(Mixture(manifolds, layer.kind, layer.radius), layer.x, layer.w)
+def of_layer(operation: Operation, layer: Layer, factor: Float[Array, ""]) -> tuple[Array, Array]:
+    """The operation on matrices in one array."""
+    mixture = Mixture(operation.manifolds, layer.kind, layer.radius)
+    if not operation.is_step:
+        return tangent(mixture, layer.x, layer.w)
+    return step(mixture, layer.x, layer.w, layer.new_radius, factor, operation.is_tangent)
 
 
-def step_of(
-    manifolds: tuple[Manifold, ...], factor: Float[Array, ""], is_tangent: bool
-) -> Callable[[Layer], tuple[Array, Array]]:
-    """`step` of a layer on these manifolds."""
-
-    def of(layer: Layer) -> tuple[Array, Array]:
-        mixture = Mixture(manifolds, layer.kind, layer.radius)
-        return step(mixture, layer.x, layer.w, layer.new_radius, factor, is_tangent)
-
-    return of
+@runs
+def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
+    """The operation on several layers: of all, arrays like their directions, and a figure for each matrix."""
+    pairs = [(own, of_layer(operation, own.whole(), factor)) for own in layers]
+    return [(own.parts(result), figures) for own, (result, figures) in pairs]

@@ -8,24 +8,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from ._layers import Layer, Results, joined, split
+from ._layers import Layer, Layers, Results, joined, split
 
 # A product of so few multiplications costs less than bringing the parts together again.
 _MULTIPLICATIONS = 768
 
 
-def serves(n: int, p: int, count: int) -> bool:
-    """Whether sharing out `count` n×p matrices pays."""
-    return count > 1 and n * p * min(n, p) > _MULTIPLICATIONS
+def serves(n: int, p: int, layers: Sequence[Layers]) -> bool:
+    """Whether sharing out these n×p matrices pays."""
+    return sum(own.radius.size for own in layers) > 1 and n * p * min(n, p) > _MULTIPLICATIONS
 
 
 def step(
-    mesh: Mesh,
-    layers: Sequence[Layer],
-    factor: Float[Array, ""],
-    own_step: Callable[[list[Layer], Array], Results],
+    mesh: Mesh, layers: Sequence[Layers], factor: Float[Array, ""], own_step: Callable[[list[Layers], Array], Results]
 ) -> Results:
-    """See `_reference.step`; each device of the mesh takes `own_step` with its part of the matrices."""
+    """See `_reference.run`; each device of the mesh takes `own_step` with its part of the matrices."""
     layer = joined(layers)
     layer, count, part = layer._replace(w=factor * layer.w), len(layer.x), PartitionSpec(mesh.axis_names)
 
@@ -35,7 +32,8 @@ def step(
     # Each device chooses the turns of its iteration by the matrices that it has.
     @functools.partial(jax.shard_map, mesh=own, in_specs=part, out_specs=part, check_vma=False)
     def step_part(layer: Layer) -> tuple[Array, Array]:
-        (displacement,), (ratio,) = own_step([layer], jnp.ones((), layer.x.dtype))
+        own = Layers((layer.x,), (layer.w,), *layer[2:])
+        (((displacement,), ratio),) = own_step([own], jnp.ones((), layer.x.dtype))
         return displacement, ratio
 
     def filled_up(values: Array) -> Array:
@@ -43,4 +41,4 @@ def step(
         return jnp.concatenate([values, *[values[-1:]] * (-count % mesh.size)])
 
     displacement, ratio = step_part(jax.tree.map(filled_up, layer))
-    return split(displacement[:count], layers), split(ratio[:count], layers)
+    return split(displacement[:count], ratio[:count], layers)

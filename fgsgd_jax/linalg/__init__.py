@@ -8,8 +8,8 @@ from ._enclosures import (
     enclosed_two_to_one as enclosed_two_to_one,
 )
 from ._expm import expm as expm
+from ._floats import compute_dtype as compute_dtype, largest as largest
 from ._gram_iteration import gram_iteration as gram_iteration
-from ._largest import largest as largest
 from ._msign import msign as msign
 from ._norm import norm as norm, squared_norm as squared_norm
 from ._polar import (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._largest import largest
+from ._floats import largest
 from ._products import gram, matmul
 
 _MOST_ITERATIONS = 128

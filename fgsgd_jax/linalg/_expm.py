@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._largest import largest
+from ._floats import largest
 from ._products import matmul
 
 _MOST_SQUARINGS = 16

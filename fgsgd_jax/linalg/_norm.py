@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._largest import largest
+from ._floats import largest
 
 
 def norm(x: Float[Array, "..."], axis: int | Sequence[int], keepdims: bool = False) -> Float[Array, "..."]:

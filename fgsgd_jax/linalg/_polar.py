@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ._largest import largest
+from ._floats import largest
 from ._products import gram, matmul, symmetric, transpose
 
 # A small singular value grows by 3/2 a turn: from eps of the largest to 1 in 89 turns in float64, 40 in float32.

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._largest import largest
+from ._floats import largest
 
 
 def qf(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from ._largest import largest
+from ._floats import largest
 from ._norm import norm
 
 # Rotations of every pair of rows: five are enough for float64.

@@ -6,7 +6,6 @@ from ._manifold import (
     Manifold as Manifold,
     Steepest as Steepest,
     check_steepest as check_steepest,
-    compute_dtype as compute_dtype,
 )
 from ._mixture import Mixture as Mixture
 from ._oblique import Oblique as Oblique

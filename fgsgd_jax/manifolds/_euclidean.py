@@ -4,8 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ..linalg import msign
-from ._manifold import Manifold, compute_dtype
+from ..linalg import compute_dtype, msign
+from ._manifold import Manifold
 
 
 @dataclasses.dataclass(frozen=True)

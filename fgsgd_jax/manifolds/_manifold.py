@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..linalg import norm
+from ..linalg import compute_dtype, norm
 
 Steepest = Literal["polar", "dual"]
 
@@ -31,12 +31,6 @@ class _Unstated(float):
 
 
 UNSTATED: Final = _Unstated()
-
-
-def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of constraint arithmetic on arrays of `dtype`: at least float32."""
-    dtype = jnp.dtype(dtype)
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

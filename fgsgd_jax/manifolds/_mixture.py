@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..linalg import compute_dtype
 from ._euclidean import Euclidean
-from ._manifold import Manifold, Steepest, compute_dtype
+from ._manifold import Manifold, Steepest
 
 
 @jax.tree_util.register_dataclass

@@ -4,21 +4,23 @@ Points and directions are tensors in the shapes of the parameters, by bucket: se
 is a stack for each bucket, [paths, *layers, inputs, outputs]. Figures of parameters follow the buckets.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from .. import kernels
-from ..groups import Bucket, Plan, Stacks, automatic, buckets, widest, with_radius
-from ..linalg import largest, squared_norm
-from ..manifolds import Mixture, Steepest, compute_dtype
+from ..groups import Bucket, Plan, Stacks, automatic, with_radius
+from ..linalg import compute_dtype, largest, squared_norm
+from ..manifolds import Mixture, Steepest
 from ._states import ByPath, Refused
-from ._zeta import Scalar, of_groups
+
+Scalar = float | Float[Array, ""]
 
 # Of each bucket the tensors of its parameters, or one tensor [paths, *shape] of them all.
 Tensors = tuple[tuple[Array, ...], ...]
@@ -78,39 +80,56 @@ class Descent(NamedTuple):
 
 
 def to_buckets(plan: Plan, *trees: ByPath) -> list[Tensors]:
-    """The constrained tensors by bucket; those of many small parameters as one, [paths, *shape].
+    """The constrained weights by bucket, in the widest dtype of constraint arithmetic of all trees.
 
-    The time to compile a program of hundreds of parameters is that of taking them together and apart, so a step should
-    do it once. In all trees the same are together.
+    The time to compile a program of hundreds of parameters is that of taking them together and apart, so many small
+    ones become one array here, once in a step. In all trees the same are together.
     """
-    result: list[list[tuple[Array, ...]]] = [[] for _ in trees]
-    for bucket in buckets(plan):
-        owns = [bucket.own(leaves) for leaves in trees]
-        as_one = kernels.are_many(len(bucket.paths), bucket.shape)
-        as_one = as_one and all(len({leaf.dtype for leaf in own}) == 1 for own in owns)
-        for tensors, own in zip(result, owns, strict=True):
-            tensors.append((kernels.pack(own),) if as_one else own)
-    return list(map(tuple, result))
+    found = []
+    for bucket in plan.buckets:
+        owns = [[tree[path] for path in bucket.paths] for tree in trees]
+        dtypes = [{leaf.dtype for leaf in own} for own in owns]
+        dtype = compute_dtype(*set().union(*dtypes))
+        as_one = kernels.are_many(len(bucket.paths), bucket.shape) and all(len(own) == 1 for own in dtypes)
+        whole = [[kernels.pack(own)] if as_one else own for own in owns]
+        found.append([tuple(part.astype(dtype) for part in own) for own in whole])
+    return [tuple(columns) for columns in zip(*found, strict=True)] if found else [() for _ in trees]
 
 
-def from_buckets(plan: Plan, tensors: Tensors) -> ByPath:
-    """Undoes `to_buckets`."""
-    result = {}
-    for bucket, own in zip(buckets(plan), tensors, strict=True):
-        parts = kernels.unpack(own[0]) if bucket.as_one(own) else own
-        result |= dict(zip(bucket.paths, parts, strict=True))
-    return result
+def from_buckets(plan: Plan, tensors: Tensors, *like: ByPath) -> ByPath:
+    """Undoes `to_buckets`: weights by path, in the widest of the dtypes that they have in these trees."""
+    found = {}
+    for bucket, own in zip(plan.buckets, tensors, strict=True):
+        parts = own if len(own) == len(bucket.paths) else kernels.unpack(own[0])
+        for path, part in zip(bucket.paths, parts, strict=True):
+            found[path] = part.astype(max((tree[path].dtype for tree in like), key=lambda dtype: dtype.itemsize))
+    return found
 
 
-def on_buckets(function: Callable[..., Any], plan: Plan, trees: Sequence[ByPath], *args: Any, like: Any) -> Any:
-    """`function` of the constrained tensors by bucket and further arguments. Its first result is given back by path.
+def to_matrices(plan: Plan, tensors: Tensors) -> list[list[Array]]:
+    """The matrices of each tensor, [_, *layers, inputs, outputs, rows, cols]: of one parameter, or of all."""
+    pairs = zip(plan.buckets, tensors, strict=True)
+    return [[bucket.view.split(x if len(own) < len(bucket.paths) else x[None]) for x in own] for bucket, own in pairs]
 
-    That is shared out as the first of the trees. `like` is as in `automatic`, for the other results.
+
+def from_matrices(plan: Plan, matrices: Sequence[Sequence[Array]]) -> Tensors:
+    """Undoes `to_matrices`."""
+    pairs = [(bucket, list(map(bucket.view.merge, own))) for bucket, own in zip(plan.buckets, matrices, strict=True)]
+    return tuple(tuple(own if len(own) < len(bucket.paths) else [x[0] for x in own]) for bucket, own in pairs)
+
+
+def on_buckets(
+    function: Callable[..., Any], plan: Plan, trees: Sequence[ByPath], *args: Any, like: Any, moves: bool = False
+) -> Any:
+    """`function` of the constrained weights by bucket and further arguments. Its first result is given back by path.
+
+    That is shared out as the first of the trees. It has the dtypes of the last, or if it `moves` weights the wider ones
+    of all. `like` is as in `automatic`, for the other results.
     """
 
     def by_bucket(trees: Sequence[ByPath], *args: Any) -> Any:
         found, *others = function(*to_buckets(plan, *trees), *args)
-        return from_buckets(plan, found), *others
+        return from_buckets(plan, found, *(trees if moves else trees[-1:])), *others
 
     constrained = [{path: tree[path] for path in plan.collections} for tree in trees]
     return automatic(by_bucket, constrained, *args, like=(constrained[0], *like))
@@ -120,64 +139,92 @@ def project(
     plan: Plan, kinds: Stacks, radii: Stacks, points: Tensors, gradients: Tensors, *, is_exact: bool = True
 ) -> Projected:
     """Line 5: gradL(ω) = Π_ω(∂L/∂ω); `is_exact` as in `kernels.tangent`."""
-    tangents, norms = kernels.tangent(*_matrices(plan, kinds, radii, points, gradients), is_exact)
-    return Projected(_tensors(plan, points, tangents), *refuse(plan, _like(points, norms)))
+    x, g = to_matrices(plan, points), to_matrices(plan, gradients)
+    tangents, squares = kernels.tangent(mixtures(plan, kinds, radii), x, g, is_exact)
+    return Projected(from_matrices(plan, tangents), *refuse(squares))
 
 
-def refuse(plan: Plan, norms: Tensors) -> tuple[Stacks, Bool[Array, "paths"]]:
-    """The squared norms of every matrix as stacks, NaN in a refused parameter; and which those are."""
-    squares, refused = [], []
-    for bucket, own in zip(buckets(plan), norms, strict=True):
-        square = _stacked(bucket, own)
-        finite = _finite(square)
-        squares.append(jnp.where(finite.reshape(-1, *(1,) * len(bucket.grid)), square, jnp.nan))
-        refused.append(~finite)
-    return tuple(squares), _figure(refused, jnp.dtype(bool))
+def refuse(squares: Iterable[Array]) -> tuple[Stacks, Bool[Array, "paths"]]:
+    """The squared norms of every matrix, NaN in a refused parameter; and which those are."""
+    marked, refused = [], []
+    for square in squares:
+        finite = jnp.isfinite(jnp.sum(square, axis=range(1, square.ndim), keepdims=True))
+        marked.append(jnp.where(finite, square, jnp.nan))
+        refused.append(~finite.ravel())
+    return tuple(marked), _figure(refused, jnp.dtype(bool))
 
 
 def steepest(
     plan: Plan, kinds: Stacks, points: Tensors, vectors: Tensors, method: Steepest, tangent: bool, coarse: bool
 ) -> Tensors:
-    """Directions of steepest ascent along the vectors, of the length of the radius, in the dtypes of the vectors."""
+    """Directions of steepest ascent along the vectors, of the length of the radius."""
     directions = []
-    parts = zip(buckets(plan), kinds, radii_of(plan, kinds, points), points, vectors, strict=True)
-    for bucket, kind, radius, own, vector in parts:
-        x, mixture = bucket.matrices(own), mixture_of(bucket, kind).at(with_radius(radius))
-        found = mixture.steepest(x, bucket.matrices(vector).astype(x.dtype), method, tangent, coarse)
-        directions.append(bucket.tensors(found, vector))
-    return tuple(directions)
+    radii = map(with_radius, radii_of(plan, kinds, points))
+    of_all = mixtures(plan, kinds, radii), to_matrices(plan, points), to_matrices(plan, vectors)
+    for mixture, x, g in zip(*of_all, strict=True):
+        found = mixture.steepest(jnp.concatenate(x), jnp.concatenate(g), method, tangent, coarse)
+        directions.append(jnp.split(found, len(x)))
+    return from_matrices(plan, directions)
+
+
+def check_options(rho: Scalar, curvature: Scalar) -> None:
+    """Raises for a negative ρ or c; tracers, as `optax.inject_hyperparams` passes, cannot be looked at."""
+    for name, value in (("rho", rho), ("curvature", curvature)):
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"{name}={value}: give a number of 0 or more (ρ is a distance, c a bound of |curvature|)")
 
 
 def normalize(plan: Plan, groups: Stacks, squares: Stacks, rho: Scalar, curvature: Scalar) -> Normalized:
     """Line 6 and eqs. 3 to 7: 1/ζ of every matrix, from R of its group."""
     inverse_zeta, shares, norms = [], [], []
-    for bucket, group, square in zip(buckets(plan), groups, squares, strict=True):
-        by_place = bucket.grouping in ("layer", "matrix")
-        own, tables = of_groups(bucket.flat(square), None if by_place else bucket.flat(group), bucket)
+    for bucket, group, square in zip(plan.buckets, groups, squares, strict=True):
+        own, table = sums_of_groups(bucket, square, group)
         scale, _ = kernels.reciprocal_zeta(own, rho, curvature)
-        inverse_zeta.append(bucket.unflat(jnp.broadcast_to(scale, (len(scale), *bucket.view.grid[:2]))))
-        scales, r = kernels.reciprocal_zeta(
-            jnp.concatenate([bucket.by_path(table) for table in tables], axis=1), rho, curvature
-        )
-        above = jnp.sum(scales < 1, axis=1, dtype=r.dtype)
-        shares.append(above / bucket.num_groups)
+        inverse_zeta.append(jnp.broadcast_to(scale, square.shape))
+        scales, r = kernels.reciprocal_zeta(table, rho, curvature)
+        shares.append(jnp.sum(scales < 1, axis=1, dtype=r.dtype) / bucket.num_groups)
         norms.append(largest(jnp.where(jnp.isnan(r), 0, r), 1))
     return Normalized(tuple(inverse_zeta), _figure(shares), _figure(norms))
 
 
+def sums_of_groups(
+    bucket: Bucket, squares: Float[Array, "paths *grid"], group: Any
+) -> tuple[Float[Array, "paths *#grid"], Float[Array, "paths _"]]:
+    """Sums over groups: for every matrix that of its group, and for every parameter those of all groups, or 0.
+
+    Rows and columns are summed by masks, which needs no scattered additions and keeps shardings.
+    """
+    count, numbers = len(squares), bucket.num_groups
+    match bucket.grouping:
+        case "matrix":
+            return squares, squares.reshape(count, -1)
+        case "layer":
+            total = jnp.sum(squares, axis=(-2, -1), keepdims=True)
+            return total, total.reshape(count, -1)
+        case "custom":
+            # The numbers run on over the layers that a parameter stacks.
+            keys = group.reshape(count, -1) + numbers * jnp.arange(count, dtype=group.dtype)[:, None]
+            sums = jax.ops.segment_sum(squares.ravel(), keys.ravel(), count * numbers).reshape(count, numbers)
+            return jnp.take_along_axis(sums, group.reshape(count, -1), axis=1).reshape(group.shape), sums
+    # Members of rows, of columns, or first those of rows and then those of columns: see `groups_of`.
+    axes = {"row": (-1,), "column": (-2,), "row or column": (-1, -2)}[bucket.grouping]
+    own, tables = jnp.zeros_like(squares), []
+    for code, axis in enumerate(axis for axis in axes for _ in range(bucket.members)):
+        sums = jnp.sum(jnp.where(group == code, squares, 0), axis=axis, keepdims=True)
+        own = jnp.where(group == code, sums, own)
+        tables.append(sums.reshape(count, -1))
+    return own, jnp.concatenate(tables, axis=1)
+
+
 def scaled(plan: Plan, tangents: Tensors, factors: Stacks) -> Tensors:
     """Every matrix times its own factor; no direction where that is NaN, as of a refused parameter."""
-
-    def of(bucket: Bucket, tangent: Array, factor: Array) -> Array:
-        factor = factor.astype(tangent.dtype)[..., None, None]
-        factor = bucket.view.merge(jnp.broadcast_to(factor, (*factor.shape[:-2], *bucket.view.grid[2:])))
-        return jnp.where(factor > 0, tangent * factor, 0)
-
-    parts = zip(buckets(plan), tangents, factors, strict=True)
-    return tuple(
-        tuple(of(bucket, *pair) for pair in zip(own, _parts(bucket, own, stacked), strict=True))
-        for bucket, own, stacked in parts
-    )
+    result = []
+    for bucket, own, factor in zip(plan.buckets, tangents, factors, strict=True):
+        parts = kernels.unstack(factor) if len(own) == len(bucket.paths) else [factor]
+        entries = [jnp.broadcast_to(part[..., None, None], (*part.shape, *bucket.view.grid[2:])) for part in parts]
+        pairs = [(t, bucket.view.merge(part.astype(t.dtype))) for t, part in zip(own, entries, strict=True)]
+        result.append(tuple(jnp.where(part > 0, t * part, 0) for t, part in pairs))
+    return tuple(result)
 
 
 def retract(
@@ -197,45 +244,32 @@ def retract(
     v is `factor` times a direction, projected at ω unless it `is_tangent`. The points reached are set to `new_radii` if
     those are given.
     """
-    mixtures, x, w = _matrices(plan, kinds, radii, points, directions)
-    new = None
-    if new_radii is not None:
-        parts = zip(buckets(plan), points, new_radii, strict=True)
-        flat = [radius for bucket, own, stacked in parts for radius in _parts(bucket, own, stacked, True)]
-        new = [radius.astype(own.dtype) for radius, own in zip(flat, x, strict=True)]
-    moves, norms = kernels.step(mixtures, x, w, new, factor, is_tangent, share_out)
-    longest = [
-        largest(_stacked(bucket, own), range(1, 1 + len(bucket.grid)))
-        for bucket, own in zip(buckets(plan), _like(points, norms), strict=True)
-    ]
-    # Gradients may be coarser than the weights.
-    displacements = jax.tree.map(
-        lambda move, x, w: move.astype(widest((x.dtype, w.dtype))), _tensors(plan, points, moves), points, directions
-    )
-    return displacements, _figure(longest)
+    own = mixtures(plan, kinds, radii)
+    x, w = to_matrices(plan, points), to_matrices(plan, directions)
+    displacements, ratios = kernels.step(own, x, w, new_radii, factor, is_tangent, share_out)
+    return from_matrices(plan, displacements), _figure([largest(ratio, range(1, ratio.ndim)) for ratio in ratios])
 
 
 def radii_of(plan: Plan, kinds: Stacks, points: Tensors) -> Stacks:
     """The radii at which the weights lie."""
-    parts = zip(buckets(plan), kinds, points, strict=True)
-    return tuple(mixture_of(bucket, kind).radius_of(bucket.matrices(own)) for bucket, kind, own in parts)
+    pairs = zip(mixtures(plan, kinds), to_matrices(plan, points), strict=True)
+    return tuple(mixture.radius_of(jnp.concatenate(x)) for mixture, x in pairs)
 
 
 def rescale(plan: Plan, kinds: Stacks, points: Tensors, updates: Tensors, radii: Stacks) -> Tensors:
     """Line 8: displacements to the points ω + u, brought to exactly the radii ℜ."""
     displacements = []
-    for bucket, kind, own, update, radius in zip(buckets(plan), kinds, points, updates, radii, strict=True):
-        x = bucket.matrices(own)
-        mixture = mixture_of(bucket, kind).at(radius.astype(x.dtype))
-        like = [max(pair, key=lambda tensor: tensor.dtype.itemsize) for pair in zip(own, update, strict=True)]
-        moves = mixture.rescale(x + bucket.matrices(update).astype(x.dtype)) - x
-        displacements.append(bucket.tensors(moves, like))
-    return tuple(displacements)
+    of_all = mixtures(plan, kinds), to_matrices(plan, points), to_matrices(plan, updates), radii
+    for mixture, own, moves, radius in zip(*of_all, strict=True):
+        x = jnp.concatenate(own)
+        moved = mixture.at(radius.astype(x.dtype)).rescale(x + jnp.concatenate(moves))
+        displacements.append(jnp.split(moved - x, len(own)))
+    return from_matrices(plan, displacements)
 
 
 def squared_norms(plan: Plan, tensors: Tensors) -> Stacks:
     """The squared norm of every matrix."""
-    return tuple(squared_norm(bucket.matrices(own)) for bucket, own in zip(buckets(plan), tensors, strict=True))
+    return tuple(squared_norm(jnp.concatenate(own)) for own in to_matrices(plan, tensors))
 
 
 # The rule everywhere: a leaf whose squared norm is not finite (NaN, infinite, or a norm above 10¹⁹ in float32, after
@@ -249,108 +283,52 @@ def none_refused(plan: Plan) -> Refused:
     return Refused(jnp.zeros(len(plan.collections), jnp.int32), free)
 
 
-def without_refused(plan: Plan, tangents: Tensors, refused: Bool[Array, "paths"]) -> Tensors:
-    """The tangent vectors, zero where the parameter is refused."""
-    result, start = [], 0
-    for bucket, own in zip(buckets(plan), tangents, strict=True):
-        flags = _parts(bucket, own, refused[start : start + len(bucket.paths)])
-        flags = [flag.reshape(*flag.shape, *(1,) * len(bucket.shape)) for flag in flags]
-        result.append(tuple(jnp.where(flag, 0, tangent) for flag, tangent in zip(flags, own, strict=True)))
-        start += len(bucket.paths)
-    return tuple(result)
-
-
-def refused(plan: Plan, tensors: Tensors) -> Bool[Array, "paths"]:
-    """Which of the constrained parameters are refused, by the squared norms of `tensors`."""
-    return _figure([~_finite(square) for square in squared_norms(plan, tensors)], jnp.dtype(bool))
+def without_refused(plan: Plan, tensors: Tensors, squares: Stacks) -> Tensors:
+    """The tensors, zero where the parameter is refused and the squared norms of its matrices are NaN."""
+    return scaled(plan, tensors, tuple(jnp.where(jnp.isnan(square), square, 1) for square in squares))
 
 
 def projected(
     plan: Plan, kinds: Stacks, radii: Stacks | None, points: Tensors, gradients: Tensors
 ) -> tuple[Tensors, Bool[Array, "paths"]]:
-    """Line 5 alone: tangent vectors in the dtypes of the gradients, zero where they are refused, and which are.
+    """Line 5 alone: tangent vectors, zero where they are refused, and which are.
 
     The radii are those at which the points lie, if None is given.
     """
     found = project(plan, kinds, radii_of(plan, kinds, points) if radii is None else radii, points, gradients)
-    tangents = without_refused(plan, found.tangents, found.refused)
-    return jax.tree.map(lambda t, g: t.astype(g.dtype), tangents, gradients), found.refused
+    return without_refused(plan, found.tangents, found.squares), found.refused
 
 
-def without_refused_free(free: ByPath) -> tuple[ByPath, ByPath]:
-    """The leaves without a collection, zero where they are refused, and whether they are."""
-    kept, refused = {}, {}
+def without_refused_free(before: Refused, free: ByPath) -> tuple[ByPath, Refused]:
+    """The leaves without a collection, zero where they are refused, and the counts with one more for each of those."""
+    kept, counts = {}, {}
     for path, g in free.items():
         if not jnp.issubdtype(g.dtype, jnp.inexact):
             continue
         size = jnp.abs(g)
         fine = jnp.isfinite(jnp.sum(jnp.square(size.astype(compute_dtype(size.dtype)))))
-        kept[path], refused[path] = lax.select(fine, g, jnp.zeros_like(g)), ~fine
-    return free | kept, refused
-
-
-def counted(before: Refused, constrained: Bool[Array, "paths"], free: ByPath) -> Refused:
-    """The counts of refused gradients with one more for each of these."""
-    counts = {path: before.free[path] + flag.astype(jnp.int32) for path, flag in free.items()}
-    return Refused(before.constrained + constrained.astype(jnp.int32), before.free | counts)
+        kept[path], counts[path] = lax.select(fine, g, jnp.zeros_like(g)), before.free[path] + (~fine).astype(jnp.int32)
+    return free | kept, before._replace(free=before.free | counts)
 
 
 def no_figure(plan: Plan, leaves: ByPath) -> Float[Array, "paths"]:
     """A figure for each parameter, none measured yet."""
-    dtypes = [compute_dtype(leaves[path].dtype) for path in plan.collections if path in leaves]
-    return jnp.zeros(len(plan.collections), widest([*dtypes, jnp.dtype(jnp.float32)]))
+    dtypes = {leaves[path].dtype for path in plan.collections if path in leaves}
+    return jnp.zeros(len(plan.collections), compute_dtype(*dtypes))
 
 
-def mixture_of(bucket: Bucket, kind: Array | tuple[()]) -> Mixture:
-    """The manifolds of a bucket's matrices, at radius 1."""
-    return Mixture(bucket.kinds, None if isinstance(kind, tuple) else kind)
-
-
-def _finite(squares: Float[Array, "paths *grid"]) -> Bool[Array, "paths"]:
-    """Whether all squared norms of a parameter are finite."""
-    return jnp.isfinite(jnp.sum(squares, axis=tuple(range(1, squares.ndim))))
+def mixtures(plan: Plan, kinds: Stacks, radii: Iterable[Array] | None = None) -> list[Mixture]:
+    """The manifolds of each bucket's matrices, at radius 1 if none is given."""
+    own = [1.0] * len(kinds) if radii is None else radii
+    return [
+        Mixture(bucket.kinds, None if isinstance(kind, tuple) else kind, radius)
+        for bucket, kind, radius in zip(plan.buckets, kinds, own, strict=True)
+    ]
 
 
 def _figure(parts: list[Array], dtype: jnp.dtype | None = None) -> Array:
     """A figure for each parameter from those of each bucket."""
     if not parts:
         return jnp.zeros(0, dtype or jnp.float32)
-    dtype = widest(part.dtype for part in parts)
+    dtype = np.result_type(*(part.dtype for part in parts))
     return jnp.concatenate([part.astype(dtype) for part in parts])
-
-
-def _stacked(bucket: Bucket, own: Sequence[Array]) -> Array:
-    """The values of a bucket's matrices, of each parameter or of all, as one array."""
-    return own[0] if bucket.as_one(own) else kernels.stack(own)
-
-
-def _parts(bucket: Bucket, like: Sequence[Array], stacked: Array, restacked: bool = False) -> list[Array]:
-    """Undoes `_stacked`: values for each of the tensors `like`; `restacked` as in `kernels.unstack`."""
-    return [stacked] if bucket.as_one(like) else kernels.unstack(stacked, restacked)
-
-
-def _like(points: Tensors, values: list[Array]) -> Tensors:
-    """What belongs to each of the tensors, by bucket."""
-    return jax.tree.unflatten(jax.tree.structure(points), values)
-
-
-def _tensors(plan: Plan, points: Tensors, matrices: list[Array]) -> Tensors:
-    """The tensors that these matrices make up."""
-    pairs = zip(buckets(plan), _like(points, matrices), strict=True)
-    return tuple(tuple(map(bucket.view.merge, own)) for bucket, own in pairs)
-
-
-def _matrices(
-    plan: Plan, kinds: Stacks, radii: Stacks, points: Tensors, vectors: Tensors
-) -> tuple[list[Mixture], list[Array], list[Array]]:
-    """The manifolds, points and vectors of each tensor as matrices, in the dtype of constraint arithmetic."""
-    found = []
-    for bucket, kind, radius, *own in zip(buckets(plan), kinds, radii, points, vectors, strict=True):
-        own_kinds = _parts(bucket, own[0], kind, True) if len(bucket.kinds) > 1 else [()] * len(own[0])
-        own_radii = _parts(bucket, own[0], radius, True)
-        for kind, radius, *pair in zip(own_kinds, own_radii, *own, strict=True):
-            dtype = widest(compute_dtype(tensor.dtype) for tensor in pair)
-            x, w = (bucket.view.split(tensor.astype(dtype)) for tensor in pair)
-            found.append((mixture_of(bucket, kind).at(radius.astype(dtype)), x, w))
-    mixtures, x, w = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [])
-    return mixtures, x, w

@@ -1,5 +1,6 @@
 """Lines 5 to 7 of Algorithm 1 by the kernels of the platform that a program is compiled for, where it has any."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -9,9 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
 from .. import kernels
-from ..groups import Bucket, Plan, buckets, by_path
+from ..groups import Bucket, Plan, by_path
 from ..linalg import largest
-from ..manifolds import compute_dtype
 from . import _algorithm as algorithm
 from ._algorithm import Descent, Step
 from ._states import ByPath
@@ -26,33 +26,13 @@ def check_kernels(choice: str) -> None:
         raise ValueError(f"kernels={choice!r}: write one of {', '.join(map(repr, get_args(Kernels)))}")
 
 
-def at_once(
-    lines: Lines, plan: Plan, step: Step, choice: Kernels, nesterov: bool, shardings: dict[str, NamedSharding]
-) -> Descent:
-    """What `lines` result in: by the kernels of the platform where it has any, or only by these (`"pallas"`).
-
-    `shardings` are those that are known, of the leaves by path.
-    """
-    if not plan.collections:
-        return lines(plan, step)
-    like = _like(plan, step)
-
-    def by_lines(step: Step) -> Descent:
-        if choice == "pallas":
-            raise ValueError(_refusal(next(iter(plan.collections)), "there are none for this platform"))
-        return jax.tree.map(lambda found, wanted: found.astype(wanted.dtype), lines(plan, step), like)
-
-    def way(platform: str, program: kernels.Program) -> Callable[[Step], Descent]:
-        form = _Form(platform, program, nesterov, shardings)
-        return lambda step: _by_kernels(form, lines, plan, step, choice == "pallas")
-
-    step = step._replace(options=jax.tree.map(jnp.asarray, step.options))
-    ways = {platform: functools.partial(way, platform) for platform in kernels.FORMS if choice != "xla"}
-    return kernels.by_platform(by_lines, ways, like, step)
+def without_kernels(plan: Plan, step: Step) -> Descent:
+    """The lines where `"pallas"` is the choice, and the platform has no kernels."""
+    raise ValueError(_refusal(next(iter(plan.collections)), "there are none for this platform"))
 
 
-def known_shardings(points: ByPath, stated: Any) -> dict[str, NamedSharding]:
-    """How the parameters lie on a mesh, as far as it is known: as it is stated, or by the types of explicit axes."""
+def stated_shardings(points: ByPath, stated: Any) -> dict[str, NamedSharding]:
+    """How the parameters lie on a mesh as the user says, by path: one sharding for all, or a tree of them."""
     every = dict.fromkeys(points, stated) if isinstance(stated, Sharding) else by_path(stated)
     for path, sharding in every.items():
         if path not in points or not isinstance(sharding, Sharding):
@@ -61,12 +41,28 @@ def known_shardings(points: ByPath, stated: Any) -> dict[str, NamedSharding]:
                 "or a tree of them like the parameters"
             )
     # Others lie on one device, or as nobody can say.
-    found = {path: sharding for path, sharding in every.items() if isinstance(sharding, NamedSharding)}
-    for path, point in points.items():
-        sharding = jax.typeof(point).sharding
-        if sharding.mesh.are_all_axes_explicit and not sharding.mesh.empty:
-            found[path] = sharding
-    return found
+    return {path: sharding for path, sharding in every.items() if isinstance(sharding, NamedSharding)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtOnce:
+    """The lines of a plan by the kernels of a platform where it has them, and as they are where not.
+
+    `choice` is that of the user: with `"pallas"` a leaf without kernels is an error. `like` are the types of the
+    result; `shardings` are those that are known, of the leaves by path.
+    """
+
+    platform: str
+    lines: Lines
+    plan: Plan
+    like: Descent
+    choice: Kernels
+    nesterov: bool
+    shardings: dict[str, NamedSharding]
+
+    def __call__(self, program: kernels.Program) -> Callable[[Step], Descent]:
+        form = _Form(self.platform, program, self.nesterov, self.shardings)
+        return functools.partial(_by_kernels, form, self.lines, self.plan, self.like, self.choice == "pallas")
 
 
 class _Form(NamedTuple):
@@ -116,20 +112,9 @@ def _refusal(path: str, reason: str) -> str:
     return f"kernels='pallas': {path}: {reason}; or write kernels='auto'"
 
 
-def _like(plan: Plan, step: Step) -> Any:
-    """The types of a descent."""
-    points = {path: step.points[path] for path in plan.collections}
-    moves = {path: jax.ShapeDtypeStruct(x.shape, compute_dtype(x.dtype)) for path, x in points.items()}
-    figure = algorithm.no_figure(plan, points)
-    figure, refused = (jax.ShapeDtypeStruct(figure.shape, dtype) for dtype in (figure.dtype, bool))
-    momentum = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), step.momentum)
-    types: list[Any] = [figure, figure, figure, refused]
-    return Descent(moves, momentum, *types)
-
-
-def _by_kernels(form: _Form, lines: Lines, plan: Plan, step: Step, only: bool) -> Descent:
+def _by_kernels(form: _Form, lines: Lines, plan: Plan, like: Descent, only: bool, step: Step) -> Descent:
     """What the kernels of a platform serve by these, all else by `lines`."""
-    layout = buckets(plan)
+    layout = plan.buckets
     reasons = [form.unserved(bucket, step) for bucket in layout]
     for bucket, reason in zip(layout, reasons, strict=True):
         if only and reason:
@@ -139,13 +124,13 @@ def _by_kernels(form: _Form, lines: Lines, plan: Plan, step: Step, only: bool) -
     for bucket in layout:
         if bucket not in rest:
             parts.append(([bucket], _of_bucket(form, *_part(plan, step, [bucket]))))
-    return _together(plan, step, parts)
+    return _together(plan, like, parts)
 
 
 def _part(plan: Plan, step: Step, own: Sequence[Bucket]) -> tuple[Plan, Step]:
     """The plan and the arrays of some buckets."""
     paths = {path for bucket in own for path in bucket.paths}
-    places = [place for place, bucket in enumerate(buckets(plan)) if bucket in own]
+    places = [place for place, bucket in enumerate(plan.buckets) if bucket in own]
 
     def of(trees: Any) -> Any:
         if isinstance(trees, dict):
@@ -159,7 +144,7 @@ def _part(plan: Plan, step: Step, own: Sequence[Bucket]) -> tuple[Plan, Step]:
 
 def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
     """One bucket's descent by kernels."""
-    (bucket,) = buckets(plan)
+    (bucket,) = plan.buckets
     platform, layer, place = form.platform, form.layer(bucket), form.place(bucket)
     scalars = jnp.stack([jnp.asarray(number).astype(jnp.float32) for number in step.options])
     parameters = _planes(form, bucket, step)
@@ -169,7 +154,7 @@ def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
         share, refused = above / bucket.num_groups, refused > 0
     else:
         norms = kernels.measure(platform, layer, parameters, place)
-        squares, refused = algorithm.refuse(plan, (tuple(norms),))
+        squares, refused = algorithm.refuse([jnp.stack(norms)])
         zeta = algorithm.normalize(plan, step.groups, squares, step.options.rho, step.options.curvature)
         scales = kernels.unstack(zeta.inverse_zeta[0], restacked=True)
         found = kernels.move(platform, layer, scalars, parameters, scales, place)
@@ -203,7 +188,7 @@ def _planes(form: _Form, bucket: Bucket, step: Step) -> list[kernels.Planes]:
     return [kernels.Planes(*parts) for parts in zip(*columns, strict=True)]
 
 
-def _together(plan: Plan, step: Step, parts: Sequence[tuple[Sequence[Bucket], Descent]]) -> Descent:
+def _together(plan: Plan, like: Descent, parts: Sequence[tuple[Sequence[Bucket], Descent]]) -> Descent:
     """One descent of those of parts of the plan, the figures in the order of its buckets."""
     by_bucket: dict[tuple[str, ...], list[Any]] = {}
     for own, (_, _, *columns) in parts:
@@ -212,13 +197,15 @@ def _together(plan: Plan, step: Step, parts: Sequence[tuple[Sequence[Bucket], De
             end = start + len(bucket.paths)
             by_bucket[bucket.paths] = [column[start:end] for column in columns]
             start = end
-    in_order = zip(*(by_bucket[bucket.paths] for bucket in buckets(plan)), strict=True)
-    dtypes = [wanted.dtype for wanted in _like(plan, step)[2:]]
+    in_order = zip(*(by_bucket[bucket.paths] for bucket in plan.buckets), strict=True)
     figures = [
-        jnp.concatenate([part.astype(dtype) for part in column]) for column, dtype in zip(in_order, dtypes, strict=True)
+        jnp.concatenate([part.astype(wanted.dtype) for part in column])
+        for column, wanted in zip(in_order, like[2:], strict=True)
     ]
     displacements, momentum = {}, {}
     for _, descent in parts:
         displacements |= descent.displacements
         momentum |= descent.momentum or {}
-    return Descent(displacements, None if step.momentum is None else momentum, *figures)
+    tensors = displacements, None if like.momentum is None else momentum
+    # As the lines give them.
+    return Descent(*jax.tree.map(lambda found, wanted: found.astype(wanted.dtype), tensors, like[:2]), *figures)

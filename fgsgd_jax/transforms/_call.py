@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
 
-from ..groups import Plan, Rules, Stacks, array_leaves, as_plan, buckets, by_path, check_scales, from_paths, violation
-from ..manifolds import compute_dtype
+from ..groups import Plan, Rules, Stacks, array_leaves, as_plan, by_path, check_scales, from_paths, violation
+from ..linalg import compute_dtype
 from ._rescaling import InitialRadii
 from ._scale import ScaleState
 from ._states import ByPath
@@ -25,22 +24,14 @@ _OFF_MANIFOLD, _OFF_AT_NEW_RADII = 1e-5, 1e-3
 class Call(NamedTuple):
     """One call of a link: the plan, and by path the leaves of the parameters and of the updates.
 
-    `tree` is that of the updates.
+    `free` are the updates of the leaves without a collection, `tree` is that of the updates.
     """
 
     plan: Plan
     points: ByPath
     leaves: ByPath
+    free: ByPath
     tree: Any
-
-    def constrained(self, leaves: ByPath) -> ByPath:
-        """Those of these leaves that have a collection."""
-        return {path: leaves[path] for path in self.plan.collections}
-
-    @property
-    def free(self) -> ByPath:
-        """The updates of the leaves without a collection."""
-        return {path: leaf for path, leaf in self.leaves.items() if path not in self.plan.collections}
 
     def answer(self, changed: ByPath) -> Any:
         """The tree of the updates with the changed leaves."""
@@ -91,23 +82,30 @@ def started(link: str, plan: PlanOrRules, params: Any) -> Start:
     return Start(own, _leaves(params, own, "parameters", link))
 
 
-def called(link: str, plan: PlanOrRules, updates: Any, params: Any, needs_params: bool = True) -> Call:
-    """The plan and leaves of `update`."""
+def called(
+    link: str,
+    plan: PlanOrRules,
+    updates: Any,
+    params: Any,
+    needs_params: bool = True,
+    scale: ScaleState | None = None,
+) -> Call:
+    """The plan and leaves of `update`. Outside jit weights that have left the manifolds of `scale` are an error."""
     if needs_params and params is None:
         raise ValueError(f"{link} needs the parameters: call tx.update(grads, state, params)")
-    own = as_plan(plan, updates if params is None else params)
+    own = plan if isinstance(plan, Plan) else as_plan(plan, updates if params is None else params)
     points = _leaves(params, own, "parameters", link) if needs_params else {}
     leaves = _leaves(updates, own, "updates", link)
-    # An update wider than its weight would widen the state, and then the weight.
-    leaves |= {path: _narrowed(leaves[path], points[path]) for path in leaves if path in points}
-    return Call(own, points, leaves, updates)
-
-
-def _narrowed(update: Array, point: Array) -> Array:
-    if not jnp.issubdtype(point.dtype, jnp.floating) or update.dtype.itemsize <= point.dtype.itemsize:
-        return update
-    dtype = compute_dtype(point.dtype)
-    return update.astype(dtype) if update.dtype.itemsize > dtype.itemsize else update
+    for path in [path for path in leaves if path in points]:
+        # An update wider than its weight would widen the state, and then the weight.
+        update, dtype = leaves[path], points[path].dtype
+        if jnp.issubdtype(dtype, jnp.floating) and update.dtype.itemsize > max(4, dtype.itemsize):
+            leaves[path] = update.astype(compute_dtype(dtype))
+    free = {path: leaf for path, leaf in leaves.items() if path not in own.collections}
+    call = Call(own, points, leaves, free, updates)
+    if scale is not None and not any(isinstance(radius, Tracer) for radius in scale.radii):
+        _check_still_on_manifold(link, call, params, scale)
+    return call
 
 
 def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
@@ -138,12 +136,11 @@ def _leaves(tree: Any, plan: Plan, role: str, link: str) -> ByPath:
                     else "make the plan from these parameters"
                 )
             )
-    return {path: _of_jax(leaf) for path, leaf in leaves.items()}
-
-
-def _of_jax(leaf: Any) -> Any:
-    """NumPy's numbers as JAX's; not the float0 of a gradient by integers."""
-    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    # NumPy's numbers as JAX's; not the float0 of a gradient by integers.
+    numbers = [path for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)]
+    return leaves | {
+        path: jnp.asarray(leaves[path]) for path in numbers if jnp.issubdtype(leaves[path].dtype, jnp.floating)
+    }
 
 
 def check_on_manifold(link: str, start: Start, params: Any, initial_radii: InitialRadii) -> None:
@@ -161,10 +158,8 @@ def check_on_manifold(link: str, start: Start, params: Any, initial_radii: Initi
         )
 
 
-def check_still_on_manifold(link: str, call: Call, params: Any, scale: ScaleState) -> None:
+def _check_still_on_manifold(link: str, call: Call, params: Any, scale: ScaleState) -> None:
     """Raises if concrete parameters have left their manifolds during the training."""
-    if any(isinstance(radius, Tracer) for radius in scale.radii):
-        return
     limit = _OFF_MANIFOLD if scale.lambdas is None else _OFF_AT_NEW_RADII
     for path, found in _violations(call.plan, call.points, params, scale.radii, limit).items():
         raise ValueError(
@@ -186,7 +181,7 @@ def _violations(
     with jax.ensure_compile_time_eval():
         own: Any = radii
         if isinstance(radii, tuple):
-            pairs = zip(buckets(plan), radii, strict=True)
+            pairs = zip(plan.buckets, radii, strict=True)
             own = {path: radius for bucket, stack in pairs for path, radius in zip(bucket.paths, stack, strict=True)}
         return {
             path: float(found)

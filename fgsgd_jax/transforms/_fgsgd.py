@@ -1,5 +1,6 @@
 """FG-SGD as one transformation."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,16 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..groups import Plan, as_rules, automatic, buckets, by_path, from_paths, groups_of, kinds_of, names_of, widest
-from ..manifolds import compute_dtype
+from ..groups import Plan, as_rules, automatic, by_path, from_paths, groups_of, kinds_of, names_of
+from ..kernels import FORMS, by_platform
+from ..linalg import compute_dtype
 from . import _algorithm as algorithm
-from ._algorithm import Descent, Options, Step
-from ._at_once import Kernels, at_once, check_kernels, known_shardings
-from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
+from ._algorithm import Descent, Options, Scalar, Step, check_options
+from ._at_once import AtOnce, Kernels, check_kernels, stated_shardings, without_kernels
+from ._call import PlanOrRules, called, check_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
 from ._scale import Scale, ScaleState
 from ._states import FgsgdState
-from ._zeta import Scalar, check_options
 
 
 def fgsgd(
@@ -94,6 +95,9 @@ def fgsgd(
     rescaling, initial_radii = options("fg.fgsgd", rescaling, initial_radii, old)
     rate = optax.scale_by_learning_rate(learning_rate)
     trace = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
+    stated = shardings
+    if stated is None and share_out is not None:
+        stated = NamedSharding(share_out, PartitionSpec())
 
     def init(params: Any) -> Any:
         start = started("fg.fgsgd", plan, params)
@@ -117,10 +121,9 @@ def fgsgd(
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
-        call = called("fg.fgsgd", plan, updates, params)
         before = ScaleState(state.radii, state.lambdas)
-        check_still_on_manifold("fg.fgsgd", call, params, before)
-        scale = Scale(call.plan, rescaling, initial_radii)
+        call = called("fg.fgsgd", plan, updates, params, scale=before)
+        dtype = state.step_ratio.dtype
 
         def lines_5_to_7(plan: Plan, step: Step) -> Descent:
             trees = [step.points, step.gradients] + ([] if step.momentum is None else [step.momentum])
@@ -130,13 +133,17 @@ def fgsgd(
                 plan, step.kinds, step.radii, points, gradients, is_exact=False
             )
             zeta = algorithm.normalize(plan, step.groups, squares, rho, curvature)
-            tangents = algorithm.scaled(plan, tangents, zeta.inverse_zeta)
-            tangents = jax.tree.map(lambda t, x: t.astype(compute_dtype(x.dtype)), tangents, points)
             tangents = tuple(
                 decayed(own, at, step.options.weight_decay) if bucket.is_euclidean else own
-                for bucket, own, at in zip(buckets(plan), tangents, points, strict=True)
+                for bucket, own, at in zip(
+                    plan.buckets, algorithm.scaled(plan, tangents, zeta.inverse_zeta), points, strict=True
+                )
             )
-            directions, momenta = accumulated(tangents, next(iter(buffers), None), step.options.momentum)
+            directions, momenta = tangents, ()
+            if buffers:
+                follow = optax.trace(step.options.momentum, nesterov).update
+                followed: Any = follow(tangents, optax.TraceState(buffers[0]))
+                directions, (momenta,) = followed
             displacements, ratio = algorithm.retract(
                 plan,
                 step.kinds,
@@ -145,45 +152,56 @@ def fgsgd(
                 directions,
                 new_radii=step.new_radii,
                 factor=step.options.factor,
-                is_tangent=momenta is None,
+                is_tangent=step.momentum is None,
                 share_out=share_out,
             )
-            moves = algorithm.from_buckets(plan, displacements)
-            momentum = None if momenta is None else algorithm.from_buckets(plan, momenta)
-            return Descent(moves, momentum, zeta.zeta_share, zeta.grad_norm, ratio, refused)
+            moves = algorithm.from_buckets(plan, displacements, step.points, step.gradients)
+            buffer = step.momentum and algorithm.from_buckets(plan, momenta, step.momentum)
+            share, norm, ratio = (figure.astype(dtype) for figure in (zeta.zeta_share, zeta.grad_norm, ratio))
+            return Descent(moves, buffer, share, norm, ratio, refused)
 
-        def lines_5_to_8(step: Step, before: ScaleState, feature_moments: Any) -> tuple[Descent, ScaleState]:
-            after = scale.advance(before, step.kinds, feature_moments)
-            step = step._replace(new_radii=after.radii if rescaling.measures else None)
-            return at_once(lines_5_to_7, call.plan, step, kernels, nesterov, places), after
+        after = before
+        if before.lambdas is not None:
+            after = Scale(call.plan, rescaling, initial_radii).advance(before, state.kinds, feature_moments)
 
-        free, refused_free = algorithm.without_refused_free(call.free)
+        free, refused = algorithm.without_refused_free(state.refused, call.free)
         free = decayed(free, {path: call.points[path] for path in free}, weight_decay)
-        buffers = None if momentum is None else by_path(state.momentum.trace)
-        directions, buffers_free = accumulated(free, buffers and {path: buffers[path] for path in free}, momentum)
+        buffers, traced = {}, state.momentum
+        if momentum is not None:
+            buffers = by_path(state.momentum.trace)
+            traced = traced._replace(trace={path: buffers[path] for path in free})
+        followed: Any = trace.update(free, traced)
+        directions, traced = followed
         # The matrices are multiplied by the rate where they are read anyway: here it is that of a one.
-        one = jnp.ones((), state.step_ratio.dtype)
-        rated: Any = rate.update((directions, one), state.rate)
+        rated: Any = rate.update((directions, jnp.ones((), dtype)), state.rate)
         (moved, factor), rate_state = rated
 
-        # Inside `automatic` the axes of a mesh have no types that tell.
-        everywhere = None if share_out is None else NamedSharding(share_out, PartitionSpec())
-        places = known_shardings(call.points, everywhere if shardings is None else shardings)
-        points, gradients = call.constrained(call.points), call.constrained(call.leaves)
-        own = None if buffers is None else call.constrained(buffers)
-        options = Options(factor, 0.0 if momentum is None else momentum, rho, curvature, weight_decay)
-        step = Step(points, gradients, own, state.kinds, state.groups, state.radii, None, options)
-        figure = state.step_ratio
-        like = Descent(points, own, figure, figure, figure, state.refused.constrained), before
-        descent, after = automatic(lines_5_to_8, step, before, feature_moments, like=like)
-        traced = state.momentum
-        if buffers is not None:
-            after_all = buffers | (buffers_free or {}) | (descent.momentum or {})
-            traced = traced._replace(trace=from_paths(after_all, traced.trace))
+        paths = call.plan.collections
+        points, gradients = ({path: tree[path] for path in paths} for tree in (call.points, call.leaves))
+        own = None if momentum is None else {path: buffers[path] for path in paths}
+        new_radii = None if after.lambdas is None else after.radii
+        numbers = Options(factor, 0.0 if momentum is None else momentum, rho, curvature, weight_decay)
+        numbers = jax.tree.map(jnp.asarray, numbers)
+        step = Step(points, gradients, own, state.kinds, state.groups, state.radii, new_radii, numbers)
         # As Optax's optimizers do: an update is no wider than its weight or its gradient.
-        dtypes = {path: widest((points[path].dtype, gradients[path].dtype)) for path in points}
-        displacements = {path: move.astype(dtypes[path]) for path, move in descent.displacements.items()}
-        return call.answer(moved | displacements), state._replace(
+        moves = {path: max(x, gradients[path], key=lambda leaf: leaf.dtype.itemsize) for path, x in points.items()}
+        figure = state.step_ratio
+        like = Descent(moves, own, figure, figure, figure, figure.astype(bool))
+        types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        # Inside `automatic` the axes of a mesh have no types that tell.
+        shown = {path: jax.typeof(x).sharding for path, x in points.items()}
+        places = {path: own for path, own in shown.items() if own.mesh.are_all_axes_explicit and not own.mesh.empty}
+        if stated is not None:
+            places = stated_shardings(call.points, stated) | places
+        about = lines_5_to_7, call.plan, types, kernels, nesterov, places
+        ways = {platform: AtOnce(platform, *about) for platform in FORMS if kernels != "xla"}
+        default = functools.partial(without_kernels if kernels == "pallas" else lines_5_to_7, call.plan)
+        lines = functools.partial(by_platform, default, ways, types)
+        descent = automatic(lines, step, like=like._replace(displacements=points))
+        if momentum is not None:
+            buffers |= traced.trace | descent.momentum
+            traced = traced._replace(trace=from_paths(buffers, state.momentum.trace))
+        return call.answer(moved | descent.displacements), state._replace(
             momentum=traced,
             rate=rate_state,
             radii=after.radii,
@@ -191,7 +209,7 @@ def fgsgd(
             zeta_share=descent.zeta_share,
             grad_norm=descent.grad_norm,
             step_ratio=descent.step_ratio,
-            refused=algorithm.counted(state.refused, descent.refused, refused_free),
+            refused=refused._replace(constrained=refused.constrained + descent.refused.astype(jnp.int32)),
         )
 
     def as_momentum(plan: Plan, params: Any) -> Any:
@@ -203,14 +221,6 @@ def fgsgd(
     def of_dtype(leaf: Any, dtype: Any) -> Any:
         # Shapes alone are enough to begin with zeros.
         return leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
-
-    def accumulated(steps: Any, buffers: Any, decay: Any) -> tuple[Any, Any]:
-        """The directions, and their new momentum: None without any."""
-        if buffers is None:
-            return steps, None
-        updated: Any = optax.trace(decay, nesterov).update(steps, optax.TraceState(buffers))
-        directions, after = updated
-        return directions, after.trace
 
     def decayed(gradients: Any, points: Any, decay: Scalar) -> Any:
         return jax.tree.map(lambda g, x: g + jnp.asarray(decay, g.dtype) * x.astype(g.dtype), gradients, points)

@@ -6,10 +6,9 @@ import optax
 
 from ..groups import Stacks, as_rules, groups_of, names_of
 from . import _algorithm as algorithm
-from ._algorithm import Tensors
+from ._algorithm import Scalar, Tensors, check_options
 from ._call import PlanOrRules, called, started
 from ._states import NormalizeState
-from ._zeta import Scalar, check_options
 
 
 def normalize_by_zeta(

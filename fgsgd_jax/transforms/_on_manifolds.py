@@ -3,12 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ..groups import as_rules, kinds_of, names_of
 from . import _algorithm as algorithm
 from ._algorithm import Tensors
-from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
+from ._call import PlanOrRules, called, check_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
 from ._scale import Scale, ScaleState
 from ._states import OnManifoldsState
@@ -89,23 +90,23 @@ def wrapped(
         return start.beside(OnManifoldsState(names_of(start.plan), kinds, *scale, inner_state, figure, refused))
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
-        call = called(link, plan, updates, params)
         before = ScaleState(state.radii, state.lambdas)
-        check_still_on_manifold(link, call, params, before)
+        call = called(link, plan, updates, params, scale=before)
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def line_5(points: Tensors, gradients: Tensors, state: Any) -> Any:
             return algorithm.projected(call.plan, state.kinds, state.radii, points, gradients)
 
         def lines_7_and_8(points: Tensors, directions: Tensors, state: Any, feature_moments: Any) -> Any:
-            after = scale.advance(ScaleState(state.radii, state.lambdas), state.kinds, feature_moments)
+            before = ScaleState(state.radii, state.lambdas)
+            after = before if before.lambdas is None else scale.advance(before, state.kinds, feature_moments)
             displacements, ratio = algorithm.retract(
                 call.plan,
                 state.kinds,
                 state.radii,
                 points,
                 directions,
-                new_radii=after.radii if rescaling.measures else None,
+                new_radii=None if after.lambdas is None else after.radii,
                 share_out=share_out,
             )
             return displacements, after, ratio.astype(state.step_ratio.dtype)
@@ -114,19 +115,19 @@ def wrapped(
         tangents, refused = algorithm.on_buckets(
             line_5, call.plan, (call.points, call.leaves), own, like=(state.refused.constrained,)
         )
-        free, refused_free = algorithm.without_refused_free(call.free)
+        free, counts = algorithm.without_refused_free(state.refused, call.free)
         directions, inner_state = inner.update(call.answer(free | tangents), state.inner, params, **extra_args)
         follow = called(f"{link}(inner)", call.plan, directions, params)
         trees, like = (call.points, follow.leaves), (before, state.step_ratio)
         displacements, after, ratio = algorithm.on_buckets(
-            lines_7_and_8, call.plan, trees, own, feature_moments, like=like
+            lines_7_and_8, call.plan, trees, own, feature_moments, like=like, moves=True
         )
         return follow.answer(displacements), state._replace(
             radii=after.radii,
             lambdas=after.lambdas,
             inner=inner_state,
             step_ratio=ratio,
-            refused=algorithm.counted(state.refused, refused, refused_free),
+            refused=counts._replace(constrained=counts.constrained + refused.astype(jnp.int32)),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from ..groups import Stacks, as_rules, kinds_of, names_of
@@ -62,13 +63,13 @@ def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTra
         def line_5(points: Tensors, gradients: Tensors, kinds: Stacks) -> Any:
             if projects:
                 return algorithm.projected(call.plan, kinds, None, points, gradients)
-            refused = algorithm.refused(call.plan, gradients)
-            return algorithm.without_refused(call.plan, gradients, refused), refused
+            squares, refused = algorithm.refuse(algorithm.squared_norms(call.plan, gradients))
+            return algorithm.without_refused(call.plan, gradients, squares), refused
 
         trees, counts = (call.points, call.leaves), state.refused.constrained
         passed, refused = algorithm.on_buckets(line_5, call.plan, trees, state.kinds, like=(counts,))
-        free, refused_free = algorithm.without_refused_free(call.free)
-        counts = algorithm.counted(state.refused, refused, refused_free)
+        free, counts = algorithm.without_refused_free(state.refused, call.free)
+        counts = counts._replace(constrained=counts.constrained + refused.astype(jnp.int32))
         return call.answer(free | passed), state._replace(refused=counts)
 
     return optax.GradientTransformationExtraArgs(init, update)

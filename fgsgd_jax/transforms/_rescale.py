@@ -7,7 +7,7 @@ import optax
 from ..groups import Stacks, as_rules, kinds_of, names_of
 from . import _algorithm as algorithm
 from ._algorithm import Tensors
-from ._call import PlanOrRules, called, check_on_manifold, check_still_on_manifold, started
+from ._call import PlanOrRules, called, check_on_manifold, started
 from ._rescaling import InitialRadii, Rescaling, options
 from ._scale import Scale, ScaleState
 from ._states import RescaleState
@@ -79,18 +79,17 @@ def rescaled(
 
     def update(updates: Any, state: Any, params: Any = None, *, feature_moments: Any = None, **extra_args: Any) -> Any:
         del extra_args
-        call = called(link, plan, updates, params)
         before = ScaleState(state.radii, state.lambdas)
-        check_still_on_manifold(link, call, params, before)
+        call = called(link, plan, updates, params, scale=before)
         scale = Scale(call.plan, rescaling, initial_radii)
 
         def line_8(points: Tensors, moves: Tensors, kinds: Stacks, before: ScaleState, feature_moments: Any) -> Any:
-            after = scale.advance(before, kinds, feature_moments)
+            after = before if before.lambdas is None else scale.advance(before, kinds, feature_moments)
             return algorithm.rescale(call.plan, kinds, points, moves, after.radii), after
 
         trees = call.points, call.leaves
         displacements, after = algorithm.on_buckets(
-            line_8, call.plan, trees, state.kinds, before, feature_moments, like=(before,)
+            line_8, call.plan, trees, state.kinds, before, feature_moments, like=(before,), moves=True
         )
         return call.answer(displacements), state._replace(radii=after.radii, lambdas=after.lambdas)
 

@@ -67,7 +67,7 @@ def retract(plan: PlanOrRules, *, share_out: jax.sharding.Mesh | None = None) ->
             return displacements, ratio.astype(state.step_ratio.dtype)
 
         trees, figure = (call.points, call.leaves), state.step_ratio
-        displacements, ratio = algorithm.on_buckets(line_7, call.plan, trees, state.kinds, like=(figure,))
+        displacements, ratio = algorithm.on_buckets(line_7, call.plan, trees, state.kinds, like=(figure,), moves=True)
         return call.answer(displacements), state._replace(step_ratio=ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ..groups import Stacks, as_rules, buckets, by_path, from_paths, kinds_of
-from ..linalg import squared_norm
-from ..manifolds import compute_dtype
+from ..groups import Stacks, as_rules, by_path, from_paths, kinds_of
+from ..linalg import compute_dtype, squared_norm
 from . import _algorithm as algorithm
-from ._algorithm import Tensors
+from ._algorithm import Scalar, Tensors
 from ._call import PlanOrRules, called, started
 from ._on_manifolds import wrapped
 from ._rescaling import InitialRadii, Rescaling, options
-from ._zeta import Scalar
 
 
 class RiemannianAdamState(NamedTuple):
@@ -113,14 +111,14 @@ def _scale_by_riemannian_adam(
 
         def of_matrices(gradients: Tensors, kinds: Stacks) -> Any:
             """‖g‖_F² in every entry of a constrained matrix, g² in those of a Euclidean one."""
-            squares = []
-            for bucket, kind, own in zip(buckets(call.plan), kinds, gradients, strict=True):
-                g = bucket.matrices(own)
+            squares, mixtures = [], algorithm.mixtures(call.plan, kinds)
+            for mixture, own in zip(mixtures, algorithm.to_matrices(call.plan, gradients), strict=True):
+                g = jnp.concatenate(own)
                 total = squared_norm(g)
-                on = algorithm.mixture_of(bucket, kind).constrained(jnp.ones_like(total)) > 0
+                on = mixture.constrained(jnp.ones_like(total)) > 0
                 square = jnp.where(on[..., None, None], total[..., None, None], jnp.square(g))
-                squares.append(bucket.tensors(square, own))
-            return (tuple(squares),)
+                squares.append(jnp.split(square, len(own)))
+            return (algorithm.from_matrices(call.plan, squares),)
 
         (carried_mu,) = algorithm.on_buckets(carried, call.plan, (call.points, mu), state.kinds, like=())
         before = mu | carried_mu

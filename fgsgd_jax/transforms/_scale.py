@@ -13,10 +13,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ..features import FeatureMoments, is_moments, matrix_moments, merge_moments
-from ..groups import Bucket, Plan, Stacks, automatic, buckets, by_path, gammas, with_radius
+from ..groups import Bucket, Plan, Stacks, automatic, by_path, gammas, with_radius
 from ..linalg import norm
 from ..manifolds import Mixture
-from ._algorithm import mixture_of, radii_of
+from ._algorithm import mixtures, radii_of, to_buckets
 from ._rescaling import InitialRadii, Rescaling
 from ._states import LambdaState, Moments
 
@@ -44,11 +44,6 @@ class Scale:
     rescaling: Rescaling
     initial_radii: InitialRadii
 
-    @functools.cached_property
-    def layout(self) -> tuple[Bucket, ...]:
-        """The buckets in which λ is handled."""
-        return buckets(self.plan)
-
     def init(self, kinds: Stacks, leaves: dict[str, Any]) -> ScaleState:
         """The state at λ = 1; of a tree of placeholders, its structure."""
         radii = gammas(self.plan, leaves)
@@ -58,9 +53,12 @@ class Scale:
                     f"{shapes[0]}: initial_radii='fitted' reads the weights, this is {leaves[shapes[0]]}; trace the "
                     "call, jax.eval_shape(tx.init, params), to find shapes alone"
                 )
-            own = tuple(bucket.own(leaves) for bucket in self.layout)
-            fitted = automatic(functools.partial(radii_of, self.plan), kinds, own, like=radii)
-            radii = tuple(map(with_radius, fitted))
+            own = {path: leaves[path] for path in self.plan.collections}
+
+            def fitted(kinds: Stacks, own: dict[str, Any]) -> Stacks:
+                return radii_of(self.plan, kinds, *to_buckets(self.plan, own))
+
+            radii = tuple(map(with_radius, automatic(fitted, kinds, own, like=radii)))
         if not self.rescaling.measures:
             return ScaleState(radii, None)
         # No buffer twice: a donated one must not be handed in twice.
@@ -71,10 +69,12 @@ class Scale:
         return ScaleState(radii, LambdaState(gamma, empty, since_change, total, unfed))
 
     def advance(self, state: ScaleState, kinds: Stacks, feature_moments: Any) -> ScaleState:
-        """The state after one more applied update; the radii change if it was the last of the epoch."""
-        if state.lambdas is None:
-            return state
+        """The state with λ after one more applied update; the radii change if it was the last of the epoch."""
+        return automatic(self._advanced, state, kinds, feature_moments, like=state)
+
+    def _advanced(self, state: ScaleState, kinds: Stacks, feature_moments: Any) -> ScaleState:
         lambdas = state.lambdas
+        assert lambdas is not None
         if feature_moments is not None:
             lambdas = lambdas._replace(moments=self._accumulated(lambdas.moments, feature_moments))
         lambdas = lambdas._replace(since_change=lambdas.since_change + 1, total=lambdas.total + 1)
@@ -103,7 +103,7 @@ class Scale:
                 "observed model, or the collection 'feature_moments' of fg.linen.observe(module).apply"
             )
         merged = []
-        for bucket, before in zip(self.layout, moments, strict=True):
+        for bucket, before in zip(self.plan.buckets, moments, strict=True):
             parts = [self._of_parameter(bucket, path, given.get(path), before.mean.dtype) for path in bucket.paths]
             count, mean, m2 = map(jnp.stack, zip(*parts, strict=True))
             both = merge_moments(FeatureMoments(*before), FeatureMoments(count, mean, m2))
@@ -128,19 +128,15 @@ class Scale:
         """New radii γ/λ from the moments, which start again from nothing."""
         assert state.lambdas is not None
         lambdas, limit = state.lambdas, self._limit
-        gammas = [bucket.flat(gamma) for bucket, gamma in zip(self.layout, lambdas.gamma, strict=True)]
-        layers = [
-            _Layers.of(
-                mixture_of(bucket, kind if isinstance(kind, tuple) else bucket.flat(kind)),
-                gamma,
-                bucket.flat(radius),
-                Moments(*map(bucket.flat, moments)),
-                limit if self._ordered else None,
-            )
-            for bucket, kind, gamma, radius, moments in zip(
-                self.layout, kinds, gammas, state.radii, lambdas.moments, strict=True
-            )
-        ]
+
+        def flat(stacked: Array) -> Array:
+            """Values of the matrices of all layers of all parameters."""
+            return stacked.reshape(-1, *stacked.shape[-2:])
+
+        # Of each bucket: of a bucket of one manifold the kinds have no leaves.
+        kinds, gammas, before, moments = jax.tree.map(flat, (kinds, lambdas.gamma, state.radii, lambdas.moments))
+        own = mixtures(self.plan, kinds), gammas, before, moments
+        layers = [_Layers.of(*parts, limit if self._ordered else None) for parts in zip(*own, strict=True)]
         if self._ordered:
             radii = [part.changed(common) for part, common in zip(layers, self._common_changes(layers), strict=True)]
         else:
@@ -148,8 +144,8 @@ class Scale:
         if (floor := self.rescaling.floor) is not None:
             radii = [jnp.minimum(radius, gamma / floor) for radius, gamma in zip(radii, gammas, strict=True)]
         unfed = [
-            jnp.sum(bucket.by_path(part.unfed), axis=1, dtype=jnp.int32)
-            for bucket, part in zip(self.layout, layers, strict=True)
+            jnp.sum(part.unfed.reshape(len(bucket.paths), -1), axis=1, dtype=jnp.int32)
+            for bucket, part in zip(self.plan.buckets, layers, strict=True)
         ]
         lambdas = lambdas._replace(
             moments=jax.tree.map(jnp.zeros_like, lambdas.moments),
@@ -157,8 +153,8 @@ class Scale:
             unfed=jnp.concatenate(unfed),
         )
         changed = (
-            bucket.unflat(jnp.where(part.usable, radius, part.radius))
-            for bucket, part, radius in zip(self.layout, layers, radii, strict=True)
+            jnp.where(part.usable, radius, part.radius).reshape(stacked.shape)
+            for stacked, part, radius in zip(state.radii, layers, radii, strict=True)
         )
         return ScaleState(tuple(changed), lambdas)
 
@@ -212,7 +208,7 @@ class Scale:
     def _places(self) -> dict[str, range]:
         """Positions of each parameter's layers in the concatenation of all buckets'."""
         places, start = {}, 0
-        for bucket in self.layout:
+        for bucket in self.plan.buckets:
             for path in bucket.paths:
                 places[path] = range(start, start + math.prod(bucket.layers))
                 start = places[path].stop

@@ -7,13 +7,13 @@ import jax
 import optax
 
 from ..groups import as_plan, as_rules, by_path, unboxed
+from ._algorithm import Scalar
 from ._call import PlanOrRules
 from ._project import refuse
 from ._rescale import rescaled
 from ._rescaling import InitialRadii, Rescaling, options
 from ._retract import retract
 from ._steepest import steepest
-from ._zeta import Scalar
 
 
 def spel(

@@ -1,9 +1,15 @@
-"""Maximum that no NaN escapes."""
+"""Floating-point numbers: in which dtype to compute, and a maximum that no NaN escapes."""
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+
+def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """The dtype of constraint arithmetic on arrays of these dtypes: the widest, at least float32."""
+    return max([jnp.dtype(dtype) for dtype in (jnp.float32, *dtypes)], key=lambda dtype: dtype.itemsize)
 
 
 def largest(
