@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from ..linalg import Products, gram, identity, matmul, or_fallback, polar_iteration, transpose
+from ..linalg import Products, identity, matmul, or_fallback, polar_iteration, transpose
 from ..manifolds import Manifold, Stiefel
 from . import _reference
 from ._cpu_lengths import total
@@ -84,10 +84,9 @@ class _Stiefel(Stiefel):
     """The same manifold by other means."""
 
     def _project(self, x, g):
-        products = matmul(x, transpose(g)) if is_wide(x) else gram(x, g)
+        products = matmul(x, transpose(g)) if is_wide(x) else matmul(_transposed(x), g)
         # Read along the columns, what is added would take three times as long.
-        transposed = with_layout_constraint(transpose(products), Layout(tuple(range(products.ndim))))
-        return g - _times(x, (products + transposed) / 2)
+        return g - _times(x, (products + _transposed(products)) / 2)
 
     def _retract(self, x, v):
         return or_fallback(*polar_iteration(x + v, products=Products(_deviation, _times)), x)
@@ -99,10 +98,15 @@ def _deviation(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
         e = matmul(y, transpose(y))
         squares = jnp.sum(jnp.square(y) - 1 / y.shape[-1], axis=-1, keepdims=True)
     else:
-        e = gram(y, y)
+        e = matmul(_transposed(y), y)
         squares = total(jnp.square(y) - 1 / y.shape[-2], whole=False)
     eye = identity(e)
     return jnp.where(eye > 0, squares, e - eye)
+
+
+def _transposed(x: Array) -> Array:
+    """The transposed matrices, copied: XLA on CPU takes longer for a product that reads along columns."""
+    return with_layout_constraint(transpose(x), Layout(tuple(range(x.ndim))))
 
 
 def _times(x: Array, symmetric: Array) -> Array:

@@ -191,8 +191,9 @@ def _join(layers: Sequence[Layers]) -> tuple[Layer, int]:
     ]
     count, largest = sum(own.radius.size for own in flat), max(flat, key=lambda own: own.x[0].size)
     chunks = -(-count // max(_LANES, _ENTRIES // (n * p)))
-    size = -(-count // (chunks * _LANES)) * _LANES
-    missing = chunks * size - count
+    # An odd number of cache lines: vectors a power of two apart would all compete for the same lines of the cache.
+    size = (-(-count // (chunks * _LANES)) | 1) * _LANES
+    missing = -count % size
     if chunks == 1 or missing > largest.x[0].shape[-1]:
         size = count
     elif missing:
