@@ -64,6 +64,14 @@ def test_other_retractions_can_be_lowered_for_accelerators(retraction):
     assert "lapack" not in module
 
 
+@pytest.mark.parametrize("kernels", ["auto", "xla", "pallas"])
+def test_updates_without_a_constrained_weight_are_those_of_sgd_on_every_platform(kernels):
+    update, params, state = started(lambda plan: fg.fgsgd(0.1, plan, kernels=kernels), {"bias": (8,)}, [("*", None)])
+    found, _ = update({"bias": jnp.ones(8)}, state, params)
+    np.testing.assert_allclose(found["bias"], params["bias"] - 0.1, rtol=1e-6)
+    export.export(update, platforms=("tpu", "cuda"))(params, state, params)
+
+
 def test_an_exported_update_does_what_the_update_does():
     """On CPU, for which JAX has to be told that a layout constraint, no call to anything, may be exported."""
     update, params, state = started(lambda plan: fg.fgsgd(0.1, plan, momentum=0.9), SHAPES, RULES)

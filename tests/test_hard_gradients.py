@@ -147,6 +147,24 @@ def test_refused_gradients_leave_momentum_to_go_on():
     jax.tree.map(np.testing.assert_array_equal, nothing, refused)
 
 
+@pytest.mark.parametrize("make", [fg.project, lambda plan: fg.on_manifolds(optax.sgd(0.1), plan)])
+def test_a_refused_gradient_leaves_derivatives_by_the_others_numbers(make):
+    """Through an update, as in meta-learning: a leaf of 10²⁵ is refused, and its derivative is zero."""
+    params, plan, *_ = setting("fgsgd", "float32")
+    tx = make(plan)
+    state = tx.init(params)
+    grads = {path: jnp.ones(shape, jnp.float32) for path, shape in SHAPES.items()}
+    grads["kernel"] = 1e25 * grads["kernel"]
+
+    def total(grads):
+        return sum(jnp.sum(update**2) for update in jax.tree.leaves(tx.update(grads, state, params)[0]))
+
+    found = jax.jit(jax.grad(total))(grads)
+    assert finite(found)
+    assert not np.any(found["kernel"])
+    assert all(np.any(found[path]) for path in set(SHAPES) - {"kernel"})
+
+
 def test_features_that_are_no_numbers_cost_lambda_nothing():
     """A batch with NaN among its features is left out of λ; the others count as ever."""
     params = {"kernel": jnp.zeros((3, 3, 3, 5), jnp.float32)}

@@ -290,6 +290,14 @@ def test_the_largest_entry_is_never_less_than_a_nan(shape, place):
     assert linalg.largest(jnp.zeros((0, 3)), 0).tolist() == [0, 0, 0]
 
 
+def test_constraints_are_not_computed_in_integers():
+    assert linalg.compute_dtype() == linalg.compute_dtype(jnp.bfloat16, jnp.float16) == jnp.float32
+    assert linalg.compute_dtype(jnp.float32, np.float64) == jnp.float64
+    for integers in (jnp.int32, np.uint8, bool):
+        with pytest.raises(ValueError, match="not inexact"):
+            linalg.compute_dtype(jnp.float32, integers)
+
+
 @pytest.mark.parametrize("count", [4, 4096])
 def test_orthonormalize_among_many_takes_the_fallback_for_the_bad_one(count):
     x = np.broadcast_to(np.eye(3, dtype=np.float32), (count, 3, 3))

@@ -17,14 +17,14 @@ from ._layers import Layers, Operation, Results
 # A module, or an object, with `serves` and `run`.
 Form = Any
 
-# In the order of preference. What none of them serves, and every other backend, gets the reference.
+# The first that serves is taken. Whatever none serves, and every other backend, gets the reference.
 _FORMS: dict[str, tuple[Form, ...]] = {
     "cpu": (_cpu_planes, _cpu_lengths, _cpu_matrices),
     "tpu": (_matrices.TPU,),
     "cuda": (_matrices.GPU,),
 }
 
-# Of every mixture arrays, and one array of figures.
+# For each mixture arrays like its points, and for each mixture an array with a figure of every matrix.
 Found = tuple[list[tuple[Float[Array, "..."], ...]], list[Float[Array, "..."]]]
 
 
@@ -48,7 +48,7 @@ def tangent(
       For each mixture the tangent vectors, in arrays like its points, and the squared norms [*batch] of all its
       matrices. Squared norms may overflow.
     """
-    return _by_group(Operation((), is_step=False, is_exact=is_exact), mixtures, points, gradients)
+    return _by_size(Operation((), is_step=False, is_exact=is_exact), mixtures, points, gradients)
 
 
 def step(
@@ -76,17 +76,17 @@ def step(
       matrices).
     """
     operation = Operation((), is_step=True, is_tangent=is_tangent)
-    return _by_group(operation, mixtures, points, directions, radii, factor, share_out)
+    return _by_size(operation, mixtures, points, directions, radii, factor, share_out)
 
 
 def form_for(platform: str, program: Program, manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> Form:
     """The form that serves `count` n×p matrices on these manifolds."""
-    # Joined, as they are on CPU, layers lose the axes along which they are shared out over devices.
+    # The forms of a CPU join layers, which would destroy the sharding of their axes.
     forms = () if platform == "cpu" and program.is_shared else _FORMS[platform]
     return next((form for form in forms if form.serves(manifolds, n, p, count)), _reference)
 
 
-def _by_group(
+def _by_size(
     operation: Operation,
     mixtures: Sequence[Mixture],
     points: Sequence[Sequence[Array]],
@@ -96,18 +96,18 @@ def _by_group(
     share_out: Mesh | None = None,
 ) -> Found:
     """The operation on all layers that have one size, dtype and set of manifolds at a time."""
-    groups: dict[tuple, dict[int, Layers]] = {}
+    sizes: dict[tuple, dict[int, Layers]] = {}
     for place, (mixture, x, w) in enumerate(zip(mixtures, points, vectors, strict=True)):
         first, dtype = x[0].shape, x[0].dtype
         radius = jnp.broadcast_to(jnp.asarray(mixture.radius, dtype), (sum(map(len, x)), *first[1:-2]))
         new = None if radii is None else radii[place].astype(dtype)
         layers = Layers(tuple(x), tuple(w), mixture.kind, radius, new)
-        groups.setdefault((mixture.manifolds, first[-2:], dtype), {})[place] = layers
+        sizes.setdefault((mixture.manifolds, first[-2:], dtype), {})[place] = layers
     found = {}
-    for (manifolds, (n, p), dtype), own in groups.items():
+    for (manifolds, (n, p), dtype), own in sizes.items():
         on_platforms = functools.partial(_on_platforms, operation._replace(manifolds=manifolds))
         given = list(own.values()), jnp.asarray(factor, dtype)
-        if share_out is not None and _share_out.serves(n, p, given[0]):
+        if share_out is not None and _share_out.pays(n, p, given[0]):
             results = _share_out.step(share_out, *given, on_platforms)
         else:
             results = on_platforms(*given)
@@ -122,7 +122,7 @@ def _on_platforms(operation: Operation, layers: list[Layers], factor: Float[Arra
     def of_instances(layers: list[Layers], factors: Float[Array, "size"]) -> Results:
         """The matrices of all instances as those of one, the instances along the second axis."""
         layers = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), layers)
-        # v of line 7 is linear in the direction, and the factor of line 5 is 1.
+        # v is linear in the direction, so the factors of the instances go into it. Line 5 has no factor.
         own = [
             each._replace(w=tuple(w * factors.reshape(1, -1, *(1,) * (w.ndim - 2)) for w in each.w)) for each in layers
         ]

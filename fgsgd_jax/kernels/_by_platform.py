@@ -40,7 +40,7 @@ def by_platform(
     Args:
       default: what every other platform does; derivatives are those of it.
       ways: by platform, made for a program.
-      like: shapes and dtypes of the result, in its structure; functions are traced where they are needed alone.
+      like: the shapes and dtypes of the result, in its structure, so that nothing is traced before it is lowered.
       *args: pytrees of arrays.
       batched: what `jax.vmap` makes of it, given the arguments with one more axis in front; None for the default's.
     """
@@ -73,7 +73,7 @@ def is_shared() -> bool:
 
 
 def _varying(args: Any) -> Any:
-    """The arguments of `shard_map`'s function, all of a type that differs between devices where that of any does."""
+    """The arguments, each of which varies over all axes of the mesh over which any of them does."""
     nothing: Any = sum(jnp.zeros_like(leaf, jnp.float32, shape=()) for leaf in jax.tree.leaves(args))
 
     def varied(leaf: Array) -> Array:

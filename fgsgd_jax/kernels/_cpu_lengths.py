@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ..linalg import matmul
 from ..manifolds import Euclidean, Manifold, Mixture, Oblique, Sphere
-from ._layers import Layer, Layers, Operation, Results, joined, runs, split
+from ._layers import Layer, Layers, Operation, Results, jitted, joined, split
 
 # So many slices are added up in one loop over their entries; of 16 and more XLA on CPU makes several.
 _SLICES = 8
@@ -21,7 +21,7 @@ def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
     return n * p * count > 0 and all(type(manifold) in (Euclidean, Sphere, Oblique) for manifold in manifolds)
 
 
-@runs
+@jitted
 def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
     """See `_reference.run`."""
     layer, manifolds = joined(layers), operation.manifolds
@@ -39,7 +39,7 @@ def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]
     scale = reached / jnp.sqrt(jnp.where(fine, squares, 1))
 
     def somewhere() -> Array:
-        """Where no step can be taken the point itself, or some point where it is none by its length."""
+        """The point itself where no step can be taken; a fixed point where its length is not that of one."""
         squares = _lengths(manifolds, layer, jnp.square(layer.x), jnp.square(layer.radius))
         is_point = jnp.abs(squares / jnp.square(radius) - 1) < 0.1
         start = jnp.where(is_point, layer.x, _origins(manifolds, layer) * radius) * (reached / radius)
@@ -81,8 +81,8 @@ def _lengths(manifolds: tuple[Manifold, ...], layer: Layer, entries: Array, othe
 
 def total(x: Float[Array, "*batch n p"], whole: bool) -> Float[Array, "*batch 1 #p"]:
     """Sums over the columns, or over the whole matrices."""
-    # Sums of slices, which XLA on CPU computes together with what they are sums of, and then products, since it takes
-    # up to thirty times as long to add up what it computes along these axes.
+    # XLA on CPU reduces over these axes up to thirty times slower than it adds slices, which it fuses with what they
+    # are slices of. The rows that remain are summed by a product with ones.
     if whole:
         x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1], 1)
     rows = x.shape[-2]

@@ -25,13 +25,14 @@ from ._layers import (
     by_polar,
     fusion_barrier,
     is_wide,
+    jitted,
     joined,
     one_by_one,
-    runs,
     split,
 )
 
-# In each of the arrays of a step so many numbers stay in a core's L2 cache; so few do all together.
+# So many numbers of each array of a step stay in a core's L2 cache. Below the second figure all of them are taken at
+# once.
 _NUMBERS, _FEW_NUMBERS = 2**17, 2**20
 # Up to so many multiplications layers are joined, so that a program does not grow with each; beyond, copies cost more.
 _MULTIPLICATIONS = 16**3
@@ -46,7 +47,7 @@ def _is_large(n: int, p: int) -> bool:
     return n * p * min(n, p) > _MULTIPLICATIONS
 
 
-@runs
+@jitted
 def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
     """See `_reference.run`."""
     # Radii are those of the layers.
@@ -54,7 +55,7 @@ def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]
     of_layer = functools.partial(_reference.of_layer, operation._replace(manifolds=own), factor=factor)
     if _is_large(*layers[0].x[0].shape[-2:]):
         return one_by_one(functools.partial(_by_chunks, of_layer), layers)
-    # Fused with reshapes, a concatenation asks of every entry in which of the parts it is.
+    # A fused concatenation would find out for every entry which part it comes from.
     layer = joined(layers, lambda parts: fusion_barrier(lambda *parts: jnp.concatenate(parts), *parts))
     return split(*_by_chunks(of_layer, layer), layers)
 

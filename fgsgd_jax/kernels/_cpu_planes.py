@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ..manifolds import Euclidean, Manifold, Oblique, Sphere, Stiefel
-from ._layers import Layer, Layers, Operation, Results, by_chunks, by_polar, fusion_barrier, offsets, runs
+from ._layers import Layer, Layers, Operation, Results, by_chunks, by_polar, fusion_barrier, jitted, offsets
 
 # Up to so many multiplications a product costs little beside moving its operands: 9×9 matrices.
 _MULTIPLICATIONS = 768
@@ -45,7 +45,7 @@ def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
     )
 
 
-@runs
+@jitted
 def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
     """See `_reference.run`."""
 
@@ -57,19 +57,21 @@ def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]
             return t, _sum(jnp.square(t))
         v = w if operation.is_tangent else on.tangent(x, w, inverse)
         ratio, y = fusion_barrier(_On.ambient, on, x, v, factor, inverse)
-        growth = jnp.ones_like(inverse) if new_radius is None else new_radius * inverse
-        usable, radius = jnp.ones((1, 1, 1), bool), jnp.where(on.of(Euclidean), 1, radius)
+        reached = radius if new_radius is None else new_radius
+        # By a quotient, which is exactly 1 of equal radii.
+        reached = jnp.where(on.of(Euclidean), reached / radius, reached)
+        radius, usable = jnp.where(on.of(Euclidean), 1, radius), jnp.ones((1, 1, 1), bool)
         if Stiefel in map(type, operation.manifolds):
             y, usable = on.polar(y)
         squares = fusion_barrier(lambda on, y: on.lengths(jnp.square(y), 1.0), on, y)
         # Sphere and oblique: a tangent step gives at least 1. No step where y is zero, overflows or is not a number.
         info = jnp.finfo(x.dtype)
         fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares) & usable
-        scale = radius * growth / jnp.sqrt(jnp.where(fine, squares, 1))
+        scale = reached / jnp.sqrt(jnp.where(fine, squares, 1))
         displacement = lax.cond(
             jnp.all(fine),
             lambda: y * scale - x,
-            lambda: jnp.where(fine, y * scale, on.point(x / radius) * (radius * growth)) - x,
+            lambda: jnp.where(fine, y * scale, on.point(x / radius) * reached) - x,
         )
         return displacement, jnp.where(on.of(Euclidean), 0, ratio)
 
@@ -191,7 +193,7 @@ def _join(layers: Sequence[Layers]) -> tuple[Layer, int]:
     ]
     count, largest = sum(own.radius.size for own in flat), max(flat, key=lambda own: own.x[0].size)
     chunks = -(-count // max(_LANES, _ENTRIES // (n * p)))
-    # An odd number of cache lines: vectors a power of two apart would all compete for the same lines of the cache.
+    # An odd multiple: entries a power of two apart would all compete for the same lines of the cache.
     size = (-(-count // (chunks * _LANES)) | 1) * _LANES
     missing = -count % size
     if chunks == 1 or missing > largest.x[0].shape[-1]:
@@ -202,7 +204,7 @@ def _join(layers: Sequence[Layers]) -> tuple[Layer, int]:
         flat.append(jax.tree.map(lambda a: a[..., :missing], first))
     x, w, *values = zip(*flat, strict=True)
     matrices = (jnp.concatenate([*itertools.chain(*arrays)], axis=-1) for arrays in (x, w))
-    # Fused with what follows, a concatenation asks of every entry in which of the parts it is.
+    # A fused concatenation would find out for every entry which part it comes from.
     own = (
         None if parts[0] is None else fusion_barrier(lambda whole: whole, jnp.concatenate(parts))[None, None]
         for parts in values

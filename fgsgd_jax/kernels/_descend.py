@@ -116,7 +116,7 @@ def by_parameter(
         # A TPU may lay the parameters along the lanes, from where each would take a copy of its own.
         row_major = Layout(tuple(range(stacked.ndim)))
         stacked = lax.optimization_barrier(with_layout_constraint(stacked, row_major))
-    return unstack(stacked, restacked=True)
+    return unstack(stacked)
 
 
 def planes(x: Float[Array, "*layers C D n p"]) -> Float[Array, "*layers n p C D"]:

@@ -1,4 +1,4 @@
-"""The matrices of layers, all of one size and on the same manifolds: taken together, apart, and a few at a time."""
+"""Matrices of one size on the same manifolds: of several layers together, apart, and a few at a time."""
 
 import functools
 import itertools
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """Matrices in several arrays, which continue each other along the first axis; their values are in one array."""
+    """Matrices split over several arrays along the first axis; what belongs to a matrix is in one array of all."""
 
     x: tuple[Float[Array, "_ *b n p"], ...]
     w: tuple[Float[Array, "_ *b n p"], ...]
@@ -73,9 +73,8 @@ class Layers(NamedTuple):
             start = end
 
     def parts(self, whole: Float[Array, "all *b n p"]) -> tuple[Float[Array, "_ *b n p"], ...]:
-        """What belongs to each of the arrays."""
-        ends = [sum(map(len, self.x[: place + 1])) for place in range(len(self.x))]
-        return tuple(jnp.split(whole, ends[:-1]))
+        """An array of all matrices, split as `x` is."""
+        return tuple(jnp.split(whole, [*itertools.accumulate(map(len, self.x))][:-1]))
 
 
 # Of all `Layers` arrays like their `w`, and a figure for each of their matrices.
@@ -83,7 +82,7 @@ Results = list[tuple[tuple[Float[Array, "_ *b n p"], ...], Float[Array, "all *b"
 
 
 # For the `run` of a form: traced once for all calls of one operation on layers of the same shapes, also outside jit.
-runs = functools.partial(jax.jit, static_argnums=0, inline=True)
+jitted = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 
 def by_polar(manifold: Manifold) -> bool:
@@ -129,7 +128,7 @@ def split(results: Float[Array, "count n p"], figures: Float[Array, "count"], la
 def by_chunks(
     of_chunk: Callable[[Layer], tuple[Array, Array]], layer: Layer, size: int, axis: int
 ) -> tuple[Array, Array]:
-    """`of_chunk` of all matrices, so many at a time, in the place of `w`.
+    """`of_chunk` of `size` matrices at a time. Results take the place of `w`.
 
     Intermediate results of a whole network would be new to the process at every call, and the page faults cost as much
     as the arithmetic.
@@ -155,13 +154,13 @@ def by_chunks(
 def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, computed once, whatever uses it.
 
-    XLA on CPU computes a fused operand again for each of its uses. The branch that is always taken, unknown to the
-    compiler, is the one boundary that its fusion respects.
+    XLA on CPU computes a fused operand again for each of its uses. It does not fuse across a conditional, so the
+    function stands in one that is always taken, which the compiler does not know.
     """
     results = jax.eval_shape(function, *args)
     nothing: Any = 0
     if jax.sharding.get_abstract_mesh().manual_axes:
-        # Made of the arguments, so that in `shard_map` zeros differ between devices where those do.
+        # Made of the arguments, so that in `shard_map` both branches vary over the same axes of the mesh.
         nothing = sum(0 * leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(args))
     return lax.cond(
         lax.optimization_barrier(jnp.ones((), bool)),
@@ -171,16 +170,16 @@ def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def offsets(sizes: Sequence[int]) -> list[Array]:
-    """Where parts of these sizes begin, one after the other, in numbers that the compiler does not know.
+    """Where consecutive parts of these sizes begin, in numbers that the compiler does not know.
 
-    XLA on CPU compiles a kernel for each slice whose start it knows, and else one for all of a size.
+    XLA on CPU compiles a kernel for each slice whose start it knows; all others of one size share a kernel.
     """
-    starts = [jnp.uint32(sum(sizes[:place])) for place in range(len(sizes))]
+    starts = [jnp.uint32(start) for start in itertools.accumulate(sizes[:-1], initial=0)]
     return fusion_barrier(lambda *starts: list(starts), *starts)
 
 
-def unstack(stacked: Shaped[Array, "parts *grid"], restacked: bool = False) -> list[Shaped[Array, "*grid"]]:
-    """One value for each matrix, by layer; `restacked` says that the parts are only stacked or joined again."""
+def unstack(stacked: Shaped[Array, "parts *grid"]) -> list[Shaped[Array, "*grid"]]:
+    """The parts, one by one."""
     count, grid = len(stacked), stacked.shape[1:]
     if is_shared() or count == 1:
         return list(stacked)
@@ -189,18 +188,15 @@ def unstack(stacked: Shaped[Array, "parts *grid"], restacked: bool = False) -> l
     def at_known_places(flat: Array) -> list[Array]:
         return [lax.slice_in_dim(flat, part * size, (part + 1) * size).reshape(grid) for part in range(count)]
 
-    def at_places_of_run_time(flat: Array) -> list[Array]:
+    def at_unknown_places(flat: Array) -> list[Array]:
         return [lax.dynamic_slice_in_dim(flat, start, size).reshape(grid) for start in offsets([size] * count)]
 
-    if restacked:
-        return at_known_places(flat)
-    return lax.platform_dependent(flat, cpu=at_places_of_run_time, default=at_known_places)
+    return lax.platform_dependent(flat, cpu=at_unknown_places, default=at_known_places)
 
 
-# On CPU every slice of an array at a place of its own is a kernel, and so is every array that is stacked with others:
-# compiling took longer than all the rest of a step. In calls that XLA does not inline a few are stacked and sliced at a
-# time, so that all of these are the same kernels. A call has half the instructions of a `fusion_barrier`, on which much
-# of the time to compile thousands of leaves was spent.
+# XLA on CPU compiles a kernel for every slice and for every operand of a stack: with thousands of leaves that is most
+# of the time to compile a step. Calls that are not inlined, each of a few leaves, share their kernels. A call has half
+# the instructions of a `fusion_barrier`.
 
 
 def are_many(count: int, shape: tuple[int, ...]) -> bool:

@@ -82,7 +82,7 @@ class Planes(NamedTuple):
     """The arrays of one parameter: tensors entry by entry, and a value for each matrix.
 
     Points, gradients, momentum (None: there is none), kinds as in `Mixture` (None: there is one manifold), radii, those
-    of the points to reach (None: the same), and the codes of the matrices' groups as in `groups._buckets.groups_of`
+    of the points to reach (None: the same), and the codes of the matrices' groups as in `groups.groups_of`
     (None: their places are enough).
     """
 

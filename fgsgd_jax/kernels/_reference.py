@@ -1,7 +1,7 @@
 """The definition of one step, from the manifolds' own methods: any manifold, any shape, any backend, differentiable.
 
-It is a form too. Layers are stacked along the first axis, so that the program does not grow with their number, and
-sharded axes stay as they are.
+It is a form too. The arrays of a mixture are joined along the first axis, so that the program does not grow with their
+number, and sharded axes stay as they are.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from ..linalg import squared_norm
 from ..manifolds import Mixture
-from ._layers import Layer, Layers, Operation, Results, runs
+from ._layers import Layer, Layers, Operation, Results, jitted
 
 
 def tangent(
@@ -38,14 +38,14 @@ def step(
     w: Float[Array, "*b n p"],
     radius: Float[Array, "*b"] | None,
     factor: Float[Array, ""],
-    tangent: bool,
+    is_tangent: bool,
 ) -> tuple[Float[Array, "*b n p"], Float[Array, "*b"]]:
     """Line 7 and eq. 2: the displacement to the new point, and ‖v‖_F/s (0 if Euclidean).
 
-    v is `factor` times the tangent part of `w`, which is all of it if it is `tangent`. The point reached is set to the
+    v is `factor` times `w`, projected at x first unless it `is_tangent`. The point reached is set to the
     new `radius` if that is given.
     """
-    v = factor * (w if tangent else mixture.project(x, w))
+    v = factor * (w if is_tangent else mixture.project(x, w))
     y = mixture.retract(x, v)
     if radius is not None:
         y = y * (radius / mixture.radius)[..., None, None]
@@ -60,7 +60,7 @@ def of_layer(operation: Operation, layer: Layer, factor: Float[Array, ""]) -> tu
     return step(mixture, layer.x, layer.w, layer.new_radius, factor, operation.is_tangent)
 
 
-@runs
+@jitted
 def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
     """The operation on several layers: of all, arrays like their directions, and a figure for each matrix."""
     pairs = [(own, of_layer(operation, own.whole(), factor)) for own in layers]

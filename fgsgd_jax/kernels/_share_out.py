@@ -14,7 +14,7 @@ from ._layers import Layer, Layers, Results, joined, split
 _MULTIPLICATIONS = 768
 
 
-def serves(n: int, p: int, layers: Sequence[Layers]) -> bool:
+def pays(n: int, p: int, layers: Sequence[Layers]) -> bool:
     """Whether sharing out these n×p matrices pays."""
     return sum(own.radius.size for own in layers) > 1 and n * p * min(n, p) > _MULTIPLICATIONS
 

@@ -8,8 +8,12 @@ from jaxtyping import Array, Float
 
 
 def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
-    """The dtype of constraint arithmetic on arrays of these dtypes: the widest, at least float32."""
-    return max([jnp.dtype(dtype) for dtype in (jnp.float32, *dtypes)], key=lambda dtype: dtype.itemsize)
+    """The dtype to compute in with arrays of these dtypes: the widest, at least float32.
+
+    Raises:
+      ValueError: for integers.
+    """
+    return max([jnp.finfo(dtype).dtype for dtype in (jnp.float32, *dtypes)], key=lambda dtype: dtype.itemsize)
 
 
 def largest(

@@ -53,7 +53,6 @@ def or_fallback(
     point: Float[Array, "*batch n p"], converged: Bool[Array, "*batch 1 1"], fallback: Float[Array, "*batch n p"]
 ) -> Float[Array, "*batch n p"]:
     """What converged; elsewhere the fallback, or the identity where it has not the length of a point."""
-    # Without a branch, whose result XLA on CPU would copy.
     length = jnp.sum(jnp.square(fallback), axis=(-2, -1), keepdims=True) / min(fallback.shape[-2:])
     is_point = jnp.abs(length - 1) < 0.1
     return jnp.where(converged, point, jnp.where(is_point, fallback, identity(fallback)))

@@ -1,7 +1,7 @@
 """Algorithm 1 of the paper, line by line, on the constrained weights of a plan.
 
-Points and directions are tensors in the shapes of the parameters, by bucket: see `to_buckets`. What belongs to a matrix
-is a stack for each bucket, [paths, *layers, inputs, outputs]. Figures of parameters follow the buckets.
+Points and directions are tensors by bucket, of each parameter or of all: see `to_buckets`. What belongs to a matrix is
+a stack for each bucket, [paths, *layers, inputs, outputs]. Figures of parameters follow the buckets.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -80,10 +80,9 @@ class Descent(NamedTuple):
 
 
 def to_buckets(plan: Plan, *trees: ByPath) -> list[Tensors]:
-    """The constrained weights by bucket, in the widest dtype of constraint arithmetic of all trees.
+    """The constrained weights by bucket, all trees in the widest dtype of the bucket, at least float32.
 
-    The time to compile a program of hundreds of parameters is that of taking them together and apart, so many small
-    ones become one array here, once in a step. In all trees the same are together.
+    Many small ones become one array here, once in a step: see `kernels.are_many`. In all trees the same are together.
     """
     found = []
     for bucket in plan.buckets:
@@ -123,8 +122,8 @@ def on_buckets(
 ) -> Any:
     """`function` of the constrained weights by bucket and further arguments. Its first result is given back by path.
 
-    That is shared out as the first of the trees. It has the dtypes of the last, or if it `moves` weights the wider ones
-    of all. `like` is as in `automatic`, for the other results.
+    That is sharded like the first of the trees. Its dtypes are those of the last tree, or if it `moves` weights the
+    widest of all trees. `like` is as in `automatic`, for the other results.
     """
 
     def by_bucket(trees: Sequence[ByPath], *args: Any) -> Any:
@@ -190,7 +189,9 @@ def normalize(plan: Plan, groups: Stacks, squares: Stacks, rho: Scalar, curvatur
 def sums_of_groups(
     bucket: Bucket, squares: Float[Array, "paths *grid"], group: Any
 ) -> tuple[Float[Array, "paths *#grid"], Float[Array, "paths _"]]:
-    """Sums over groups: for every matrix that of its group, and for every parameter those of all groups, or 0.
+    """For every matrix the sum over its group, and for every parameter the sums of all its groups.
+
+    The second has a place for each group that there could be, 0 where there is none.
 
     Rows and columns are summed by masks, which needs no scattered additions and keeps shardings.
     """
@@ -220,6 +221,8 @@ def scaled(plan: Plan, tangents: Tensors, factors: Stacks) -> Tensors:
     """Every matrix times its own factor; no direction where that is NaN, as of a refused parameter."""
     result = []
     for bucket, own, factor in zip(plan.buckets, tangents, factors, strict=True):
+        # A NaN that is not selected would still be one in derivatives.
+        factor = jnp.where(factor > 0, factor, 0)
         parts = kernels.unstack(factor) if len(own) == len(bucket.paths) else [factor]
         entries = [jnp.broadcast_to(part[..., None, None], (*part.shape, *bucket.view.grid[2:])) for part in parts]
         pairs = [(t, bucket.view.merge(part.astype(t.dtype))) for t, part in zip(own, entries, strict=True)]

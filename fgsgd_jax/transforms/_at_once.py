@@ -1,7 +1,5 @@
 """Lines 5 to 7 of Algorithm 1 by the kernels of the platform that a program is compiled for, where it has any."""
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -44,9 +42,8 @@ def stated_shardings(points: ByPath, stated: Any) -> dict[str, NamedSharding]:
     return {path: sharding for path, sharding in every.items() if isinstance(sharding, NamedSharding)}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AtOnce:
-    """The lines of a plan by the kernels of a platform where it has them, and as they are where not.
+class AtOnce(NamedTuple):
+    """The lines of a plan by the kernels that a platform has for a program, and as they are where it has none.
 
     `choice` is that of the user: with `"pallas"` a leaf without kernels is an error. `like` are the types of the
     result; `shardings` are those that are known, of the leaves by path.
@@ -59,19 +56,20 @@ class AtOnce:
     choice: Kernels
     nesterov: bool
     shardings: dict[str, NamedSharding]
-
-    def __call__(self, program: kernels.Program) -> Callable[[Step], Descent]:
-        form = _Form(self.platform, program, self.nesterov, self.shardings)
-        return functools.partial(_by_kernels, form, self.lines, self.plan, self.like, self.choice == "pallas")
-
-
-class _Form(NamedTuple):
-    """The kernels of a platform for a program, and what is known of how leaves lie on its mesh."""
-
-    platform: str
     program: kernels.Program
-    nesterov: bool
-    shardings: dict[str, NamedSharding]
+
+    def __call__(self, step: Step) -> Descent:
+        reasons = {bucket: self.unserved(bucket, step) for bucket in self.plan.buckets}
+        rest = [bucket for bucket, reason in reasons.items() if reason]
+        if rest and self.choice == "pallas":
+            raise ValueError(_refusal(rest[0].paths[0], str(reasons[rest[0]])))
+        parts = [(rest, self.lines(*_part(self.plan, step, rest)))] if rest else []
+        parts += [
+            ([bucket], _of_bucket(self, *_part(self.plan, step, [bucket])))
+            for bucket, reason in reasons.items()
+            if not reason
+        ]
+        return _together(self.plan, self.like, parts)
 
     def unserved(self, bucket: Bucket, step: Step) -> str | None:
         """Why there are no kernels for a bucket; None if there are."""
@@ -112,21 +110,6 @@ def _refusal(path: str, reason: str) -> str:
     return f"kernels='pallas': {path}: {reason}; or write kernels='auto'"
 
 
-def _by_kernels(form: _Form, lines: Lines, plan: Plan, like: Descent, only: bool, step: Step) -> Descent:
-    """What the kernels of a platform serve by these, all else by `lines`."""
-    layout = plan.buckets
-    reasons = [form.unserved(bucket, step) for bucket in layout]
-    for bucket, reason in zip(layout, reasons, strict=True):
-        if only and reason:
-            raise ValueError(_refusal(bucket.paths[0], reason))
-    rest = [bucket for bucket, reason in zip(layout, reasons, strict=True) if reason]
-    parts = [(rest, lines(*_part(plan, step, rest)))] if rest else []
-    for bucket in layout:
-        if bucket not in rest:
-            parts.append(([bucket], _of_bucket(form, *_part(plan, step, [bucket]))))
-    return _together(plan, like, parts)
-
-
 def _part(plan: Plan, step: Step, own: Sequence[Bucket]) -> tuple[Plan, Step]:
     """The plan and the arrays of some buckets."""
     paths = {path for bucket in own for path in bucket.paths}
@@ -142,12 +125,12 @@ def _part(plan: Plan, step: Step, own: Sequence[Bucket]) -> tuple[Plan, Step]:
     return Plan(entries, plan.seed), step._replace(**arrays)
 
 
-def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
+def _of_bucket(at_once: AtOnce, plan: Plan, step: Step) -> Descent:
     """One bucket's descent by kernels."""
     (bucket,) = plan.buckets
-    platform, layer, place = form.platform, form.layer(bucket), form.place(bucket)
+    platform, layer, place = at_once.platform, at_once.layer(bucket), at_once.place(bucket)
     scalars = jnp.stack([jnp.asarray(number).astype(jnp.float32) for number in step.options])
-    parameters = _planes(form, bucket, step)
+    parameters = _planes(at_once, bucket, step)
     if kernels.descends(platform, layer, parameters, place):
         found = kernels.descend(platform, layer, scalars, parameters, place)
         above, norm, refused, ratio = jnp.concatenate([each.figures for each in found]).reshape(-1, 4).T
@@ -156,7 +139,7 @@ def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
         norms = kernels.measure(platform, layer, parameters, place)
         squares, refused = algorithm.refuse([jnp.stack(norms)])
         zeta = algorithm.normalize(plan, step.groups, squares, step.options.rho, step.options.curvature)
-        scales = kernels.unstack(zeta.inverse_zeta[0], restacked=True)
+        scales = kernels.unstack(zeta.inverse_zeta[0])
         found = kernels.move(platform, layer, scalars, parameters, scales, place)
         ratio = largest(jnp.stack([each.ratios for each in found]), 1)
         share, norm = zeta.zeta_share, zeta.grad_norm
@@ -169,7 +152,7 @@ def _of_bucket(form: _Form, plan: Plan, step: Step) -> Descent:
     return Descent(tensors("displacement"), momentum, share, norm, ratio, refused)
 
 
-def _planes(form: _Form, bucket: Bucket, step: Step) -> list[kernels.Planes]:
+def _planes(at_once: AtOnce, bucket: Bucket, step: Step) -> list[kernels.Planes]:
     """What the kernels are given of each parameter of the only bucket."""
 
     def tensors(tree: Any) -> list[Any]:
@@ -180,11 +163,11 @@ def _planes(form: _Form, bucket: Bucket, step: Step) -> list[kernels.Planes]:
         if not stacks or isinstance(stacks[0], tuple):
             return [None] * len(bucket.paths)
         stacked = stacks[0] if dtype is None else stacks[0].astype(dtype)
-        return kernels.by_parameter(form.platform, form.program, stacked)
+        return kernels.by_parameter(at_once.platform, at_once.program, stacked)
 
     columns = [tensors(step.points), tensors(step.gradients), tensors(step.momentum), values(step.kinds)]
     columns += [values(step.radii, jnp.float32), values(step.new_radii, jnp.float32)]
-    columns.append(values(step.groups if form.layer(bucket).has_groups else None))
+    columns.append(values(step.groups if at_once.layer(bucket).has_groups else None))
     return [kernels.Planes(*parts) for parts in zip(*columns, strict=True)]
 
 

@@ -172,21 +172,21 @@ def fgsgd(
             traced = traced._replace(trace={path: buffers[path] for path in free})
         followed: Any = trace.update(free, traced)
         directions, traced = followed
-        # The matrices are multiplied by the rate where they are read anyway: here it is that of a one.
+        # The matrices are multiplied by the rate inside the step. Applied to 1, it gives that factor.
         rated: Any = rate.update((directions, jnp.ones((), dtype)), state.rate)
         (moved, factor), rate_state = rated
 
         paths = call.plan.collections
         points, gradients = ({path: tree[path] for path in paths} for tree in (call.points, call.leaves))
-        own = None if momentum is None else {path: buffers[path] for path in paths}
+        buffer = None if momentum is None else {path: buffers[path] for path in paths}
         new_radii = None if after.lambdas is None else after.radii
         numbers = Options(factor, 0.0 if momentum is None else momentum, rho, curvature, weight_decay)
         numbers = jax.tree.map(jnp.asarray, numbers)
-        step = Step(points, gradients, own, state.kinds, state.groups, state.radii, new_radii, numbers)
+        step = Step(points, gradients, buffer, state.kinds, state.groups, state.radii, new_radii, numbers)
         # As Optax's optimizers do: an update is no wider than its weight or its gradient.
         moves = {path: max(x, gradients[path], key=lambda leaf: leaf.dtype.itemsize) for path, x in points.items()}
         figure = state.step_ratio
-        like = Descent(moves, own, figure, figure, figure, figure.astype(bool))
+        like = Descent(moves, buffer, figure, figure, figure, figure.astype(bool))
         types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
         # Inside `automatic` the axes of a mesh have no types that tell.
         shown = {path: jax.typeof(x).sharding for path, x in points.items()}
@@ -194,8 +194,9 @@ def fgsgd(
         if stated is not None:
             places = stated_shardings(call.points, stated) | places
         about = lines_5_to_7, call.plan, types, kernels, nesterov, places
-        ways = {platform: AtOnce(platform, *about) for platform in FORMS if kernels != "xla"}
-        default = functools.partial(without_kernels if kernels == "pallas" else lines_5_to_7, call.plan)
+        platforms = FORMS if paths and kernels != "xla" else ()
+        ways = {platform: functools.partial(AtOnce, platform, *about) for platform in platforms}
+        default = functools.partial(without_kernels if paths and kernels == "pallas" else lines_5_to_7, call.plan)
         lines = functools.partial(by_platform, default, ways, types)
         descent = automatic(lines, step, like=like._replace(displacements=points))
         if momentum is not None:

@@ -134,15 +134,15 @@ class Scale:
             return stacked.reshape(-1, *stacked.shape[-2:])
 
         # Of each bucket: of a bucket of one manifold the kinds have no leaves.
-        kinds, gammas, before, moments = jax.tree.map(flat, (kinds, lambdas.gamma, state.radii, lambdas.moments))
-        own = mixtures(self.plan, kinds), gammas, before, moments
+        kinds, gamma, before, moments = jax.tree.map(flat, (kinds, lambdas.gamma, state.radii, lambdas.moments))
+        own = mixtures(self.plan, kinds), gamma, before, moments
         layers = [_Layers.of(*parts, limit if self._ordered else None) for parts in zip(*own, strict=True)]
         if self._ordered:
             radii = [part.changed(common) for part, common in zip(layers, self._common_changes(layers), strict=True)]
         else:
             radii = [part.changed_alone(limit) for part in layers]
         if (floor := self.rescaling.floor) is not None:
-            radii = [jnp.minimum(radius, gamma / floor) for radius, gamma in zip(radii, gammas, strict=True)]
+            radii = [jnp.minimum(radius, most / floor) for radius, most in zip(radii, gamma, strict=True)]
         unfed = [
             jnp.sum(part.unfed.reshape(len(bucket.paths), -1), axis=1, dtype=jnp.int32)
             for bucket, part in zip(self.plan.buckets, layers, strict=True)
