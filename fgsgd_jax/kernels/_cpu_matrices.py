@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
@@ -63,7 +64,11 @@ def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]
 def _by_chunks(of_layer: Callable[[Layer], tuple[Array, Array]], layer: Layer) -> tuple[Array, Array]:
     n, p = layer.x.shape[-2:]
     if not _by_few(n, p, layer.radius.size):
-        return of_layer(layer)
+        # With axes of length 1 XLA on CPU computes what it multiplies twice: with them, and without.
+        grid = tuple(length for length in layer.radius.shape if length > 1)
+        short = jax.tree.map(lambda a: a.reshape(grid + a.shape[layer.radius.ndim :]), layer)
+        results, figures = of_layer(short)
+        return results.reshape(layer.x.shape), figures.reshape(layer.radius.shape)
     flat = joined([Layers((layer.x,), (layer.w,), *layer[2:])])
     results, figures = by_chunks(of_layer, flat, _size(*flat.x.shape), axis=0)
     return results.reshape(layer.x.shape), figures.reshape(layer.radius.shape)

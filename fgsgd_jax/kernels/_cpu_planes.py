@@ -104,7 +104,7 @@ class _On:
         return g - matmul(x, fusion_barrier(_On.core, self, x, g, inverse))
 
     def core(self, x: Array, g: Array, inverse: Array) -> Float[Array, "p p count"]:
-        products = matmul(jnp.swapaxes(x, 0, 1), g)
+        products = matmul(x, g, transposed=True)
         diagonal = jnp.eye(len(products), dtype=x.dtype)[:, :, None] * self.lengths(x * g, 0.0)
         symmetric = (products + jnp.swapaxes(products, 0, 1)) / 2
         return jnp.where(self.of(Stiefel), symmetric, diagonal) * jnp.square(inverse)
@@ -138,9 +138,7 @@ class _On:
         def turn(carry):
             y, _, turns = carry
             # Of other matrices it is zero, so that they do not change.
-            e = fusion_barrier(
-                lambda on, y: jnp.where(on.of(Stiefel), matmul(jnp.swapaxes(y, 0, 1), y) - eye, 0), self, y
-            )
+            e = fusion_barrier(lambda on, y: jnp.where(on.of(Stiefel), matmul(y, y, transposed=True) - eye, 0), self, y)
             square = fusion_barrier(matmul, e, e)
             # The polynomial less I, and a bound of ‖e‖₂.
             root, bound = fusion_barrier(
@@ -174,9 +172,11 @@ def _sum(x: Float[Array, "n p count"], axes: Sequence[int] = (0, 1)) -> Float[Ar
     return x
 
 
-def matmul(a: Float[Array, "n k count"], b: Float[Array, "k p count"]) -> Float[Array, "n p count"]:
-    """`a @ b` as a sum of outer products."""
-    return functools.reduce(operator.add, (a[:, k, None] * b[None, k] for k in range(a.shape[1])))
+def matmul(a: Float[Array, "_ _ count"], b: Float[Array, "k p count"], transposed: bool = False) -> Array:
+    """`a @ b`, or `aᵀb` with a `transposed`, as a sum of outer products."""
+    # A transposed array would be copied.
+    columns = [a[k] if transposed else a[:, k] for k in range(len(b))]
+    return functools.reduce(operator.add, (column[:, None] * b[k, None] for k, column in enumerate(columns)))
 
 
 def _join(layers: Sequence[Layers]) -> tuple[Layer, int]:
