@@ -22,8 +22,8 @@ $(VENV)/.ready: pyproject.toml
 demo: $(VENV)/.ready  ## the Euclidean baseline and FG-SGD on digits, under three minutes once installed
 	$(BIN)/fgsgd demo
 
-# Compilation is most of the time: without LLVM's optimization, and by the older emitters of XLA, it takes two fifths.
-# test-all compiles as users do.
+# Compilation is most of the time: without LLVM's optimization it takes two thirds, and by XLA's older emitters two thirds
+# of that. test-all compiles as users do.
 test: $(VENV)/.ready  ## the fast tests, under ten minutes on two cores
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \
 		$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
