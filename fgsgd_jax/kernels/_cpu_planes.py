@@ -27,8 +27,10 @@ from ._layers import Layer, Layers, Operation, Results, by_chunks, by_polar, fus
 _MULTIPLICATIONS = 768
 # Taller matrices take longer to compile than they gain.
 _LONGEST = 32
-# So many entries of matrices are handled at a time, which stay in a core's L2 cache, in steps of so many matrices.
-_ENTRIES, _LANES = 2**15, 16
+# So many entries of matrices are handled at a time: an array of them fits a core's L1 cache.
+_ENTRIES = 3 * 2**11
+# A chunk is a multiple of so many matrices.
+_LANES = 16
 # From the smallest singular value that float32 tells from 0 (eps of the largest) the iteration takes 20 turns.
 _MOST_TURNS = 40
 # Fewer matrices are handled as fast by batched products.
@@ -101,13 +103,17 @@ class _On:
         """`g - x C(xᵀg)/s²`."""
         if Stiefel not in map(type, self.manifolds):
             return g - x * (self.lengths(x * g, 0.0) * jnp.square(inverse))
-        return g - matmul(x, fusion_barrier(_On.core, self, x, g, inverse))
+        products = fusion_barrier(functools.partial(matmul, transposed=True), x, g)
+        return g - matmul(x, fusion_barrier(_On.core, self, products, inverse))
 
-    def core(self, x: Array, g: Array, inverse: Array) -> Float[Array, "p p count"]:
-        products = matmul(x, g, transposed=True)
-        diagonal = jnp.eye(len(products), dtype=x.dtype)[:, :, None] * self.lengths(x * g, 0.0)
+    def core(self, products: Float[Array, "p p count"], inverse: Array) -> Float[Array, "p p count"]:
+        """`C(xᵀg)/s²` of the products `xᵀg`."""
+        p = len(products)
+        trace = functools.reduce(operator.add, (products[k, k] for k in range(p)))
+        diagonal = jnp.eye(p, dtype=products.dtype)[:, :, None] * jnp.where(self.of(Sphere), trace, products)
         symmetric = (products + jnp.swapaxes(products, 0, 1)) / 2
-        return jnp.where(self.of(Stiefel), symmetric, diagonal) * jnp.square(inverse)
+        core = jnp.where(self.of(Stiefel), symmetric, jnp.where(self.of(Euclidean), 0, diagonal))
+        return core * jnp.square(inverse)
 
     def ambient(self, x: Array, v: Array, factor: Array, inverse: Array) -> tuple[Array, Array]:
         """‖v‖/s of `factor` times v, and `y = (x + factor v)/s`."""
