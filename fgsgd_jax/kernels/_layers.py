@@ -141,10 +141,10 @@ def by_chunks(
         results, figures = carry
         start = index * size
 
-        def part(a: Array) -> Array:
-            return fusion_barrier(lambda a, start: lax.dynamic_slice_in_dim(a, start, size, axis), a, start)
+        def parts(whole: Layer, start: Array) -> Layer:
+            return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis), whole)
 
-        result, figure = of_chunk(jax.tree.map(part, layer._replace(w=results)))
+        result, figure = of_chunk(fusion_barrier(parts, layer._replace(w=results), start))
         results = lax.dynamic_update_slice_in_dim(results, result, start, axis)
         return results, lax.dynamic_update_slice_in_dim(figures, figure, start, axis)
 
