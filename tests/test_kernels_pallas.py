@@ -74,7 +74,7 @@ GRADIENTS = (3.0, 0.05, 0.0, np.nan, 1e30)
 @pytest.fixture
 def interpreted(users_settings, monkeypatch):
     """Has programs for CPU take the kernels of a form."""
-    return lambda form: monkeypatch.setitem(_descend.FORMS, "cpu", _descend.Form(FORMS[form], interpret=True))
+    return lambda form: monkeypatch.setitem(_descend.PALLAS, "cpu", _descend.PallasForm(FORMS[form], interpret=True))
 
 
 def optimizer(case, plan, **options):

@@ -165,10 +165,35 @@ def test_no_matrices_and_one_radius_for_all():
         for radii in ([0.5] * 3, [jnp.full(grid, 0.5, jnp.float32) for grid in FEW])
     )
     all_close(found, expected, atol=1e-6)
-    empty = jnp.zeros((0, 4, 3, 3), jnp.float32)
-    for operation in (kernels.tangent, kernels.step):
-        ((array,),), (figure,) = operation([Mixture(stiefel, None)], [[empty]], [[empty]])
-        assert (array.shape, figure.shape) == (empty.shape, (0, 4))
+    for size in ((3, 3), (64, 64)):
+        empty = jnp.zeros((0, 4, *size), jnp.float32)
+        for operation in (kernels.tangent, kernels.step):
+            ((array,),), (figure,) = operation([Mixture(stiefel, None)], [[empty]], [[empty]])
+            assert (array.shape, figure.shape) == (empty.shape, (0, 4))
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (4200, 1)), (1, (1, 4200)), (1021, (40, 32))])
+def test_one_column_and_a_count_that_nothing_divides(count, shape):
+    """A single matrix of one column, and more matrices than are taken at once, in a number without divisors."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(h.point("stiefel", rng, (count, 1, *shape)), jnp.float32)
+    w = jnp.asarray(0.01 * rng.standard_normal(x.shape), jnp.float32)
+    manifold = fg.Stiefel()
+    (((displacement,),), _) = jax.jit(functools.partial(kernels.step, [Mixture((manifold,), None)]))([[x]], [[w]])
+    expected = jax.jit(lambda x, w: manifold.retract(x, manifold.project(x, w)) - x)(x, w)
+    np.testing.assert_allclose(displacement, expected, atol=1e-6)
+
+
+def test_a_small_radius_is_no_zero():
+    """What is next to nothing is told in radii: a point of a radius that float32 holds moves at any of them."""
+    sphere = (fg.Sphere(),)
+    x = jnp.full((4, 1, 40, 1), 2e-16 / 40**0.5, jnp.float32)
+    w = jnp.asarray(np.random.default_rng(0).standard_normal(x.shape), jnp.float32)
+    mixture = Mixture(sphere, None, jnp.full((4, 1), 2e-16, jnp.float32))
+    for form in (_cpu_lengths, _reference):
+        layers = [Layers((x,), (w,), None, mixture.radius)]
+        (((displacement,), _),) = form.run(Operation(sphere, is_step=True), layers, jnp.float32(1e-17))
+        assert np.min(h.norm(np.asarray(displacement) / 2e-16)) > 0.1
 
 
 def test_a_manifold_of_ones_own_is_never_replaced():
@@ -223,7 +248,7 @@ def test_gradients_are_those_of_the_definition(manifolds, shape):
 
     def loss(numbers, factor, operations):
         radius, *others = numbers
-        mixtures = [mixture.at(own) for mixture, own in zip(its.mixtures(), radius, strict=True)]
+        mixtures = [mixture.with_radius(own) for mixture, own in zip(its.mixtures(), radius, strict=True)]
         return sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(operations(mixtures, *others, factor)))
 
     numbers, factor = ([mixture.radius for mixture in its.mixtures()], x, w, radii), jnp.asarray(-0.3)

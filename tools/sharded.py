@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import fgsgd_jax as fg
 from fgsgd_jax.kernels import _pallas_tpu, _pallas_triton
-from fgsgd_jax.kernels._descend import FORMS, Form
+from fgsgd_jax.kernels._descend import PALLAS, PallasForm
 
 STEPS = 4
 SHAPES = {
@@ -153,7 +153,7 @@ def kernels(form, kind, layout):
     for places in (None, shardings):
         with jax.set_mesh(mesh) if places and kind == "Explicit" else contextlib.nullcontext():
             if places:
-                FORMS["cpu"] = Form({"tpu": _pallas_tpu, "cuda": _pallas_triton}[form], interpret=True)
+                PALLAS["cpu"] = PallasForm({"tpu": _pallas_tpu, "cuda": _pallas_triton}[form], interpret=True)
             params, end = ((jax.device_put(tree, places) if places else on_one_device(tree)) for tree in (start, goal))
             params = fg.initialize(jax.random.key(0), params, plan)
             stated = None if kind == "Explicit" else places

@@ -322,5 +322,5 @@ def _without_scale(bucket: Bucket, kind, tensors):
 def _violation(bucket: Bucket, kind, radius, tensors):
     x = bucket.matrices(tensors)
     mixture = Mixture(bucket.kinds, kind)
-    mixture = mixture.at(mixture.radius_of(x) if radius is None else radius.astype(x.dtype))
+    mixture = mixture.with_radius(mixture.radius_of(x) if radius is None else radius.astype(x.dtype))
     return largest(mixture.violation(x), range(1, x.ndim - 2))

@@ -3,7 +3,7 @@
 from ._api import step as step, tangent as tangent
 from ._by_platform import Program as Program, by_platform as by_platform
 from ._descend import (
-    FORMS as FORMS,
+    PALLAS as PALLAS,
     Place as Place,
     by_parameter as by_parameter,
     descend as descend,

@@ -20,8 +20,8 @@ Way = Callable[..., Any]
 class Program(NamedTuple):
     """What is known of a program when it is lowered.
 
-    `is_shared` says that its arrays may lie on several devices, in other ways than `shard_map`, which shows it the part
-    of one; `is_exported` that it is kept for other releases than this one.
+    `is_shared`: its arrays may lie on several devices. It is False inside `shard_map`, where a program sees the part of
+    one device. `is_exported`: it is kept for other releases than this one.
     """
 
     is_shared: bool
@@ -35,7 +35,7 @@ def by_platform(
     *args: Any,
     batched: Way | None = None,
 ) -> Any:
-    """`default(*args)`, or on a platform that has a way of its own, what that does.
+    """`default(*args)`; on a platform that has a way of its own, that way instead.
 
     Args:
       default: what every other platform does; derivatives are those of it.

@@ -1,6 +1,7 @@
-"""CPU: spheres and oblique matrices of any height, whose sums are as fast as what they are sums of."""
+"""CPU: spheres and oblique matrices of any shape. Their sums are as fast as the passes that make what is summed."""
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 
@@ -24,59 +25,47 @@ def serves(manifolds: tuple[Manifold, ...], n: int, p: int, count: int) -> bool:
 @jitted
 def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
     """See `_reference.run`."""
-    layer, manifolds = joined(layers), operation.manifolds
+    layer = joined(layers)
+    mixture = Mixture(operation.manifolds, layer.kind)
     if not operation.is_step:
-        t = _tangent(manifolds, layer)
+        t = _tangent(mixture, layer)
         return split(t, total(jnp.square(t), whole=True)[..., 0, 0], layers)
-    v = factor * (layer.w if operation.is_tangent else _tangent(manifolds, layer))
+    v = factor * (layer.w if operation.is_tangent else _tangent(mixture, layer))
     y = layer.x + v
-    squares = _lengths(manifolds, layer, jnp.square(y), jnp.square(layer.radius))
+    squares = _lengths(mixture, jnp.square(y), jnp.square(layer.radius))
     # A tangent step gives at least s². Next to nothing, overflow and NaN mean that there is no step to take.
-    info = jnp.finfo(y.dtype)
-    fine = (squares > info.tiny / info.eps) & jnp.isfinite(squares)
-    radius = layer.radius[..., None, None]
+    radius, info = layer.radius[..., None, None], jnp.finfo(y.dtype)
+    fine = (squares > jnp.square(radius) * (info.tiny / info.eps)) & jnp.isfinite(squares)
     reached = radius if layer.new_radius is None else layer.new_radius[..., None, None]
     scale = reached / jnp.sqrt(jnp.where(fine, squares, 1))
 
     def somewhere() -> Array:
         """The point itself where no step can be taken; a fixed point where its length is not that of one."""
-        squares = _lengths(manifolds, layer, jnp.square(layer.x), jnp.square(layer.radius))
+        squares = _lengths(mixture, jnp.square(layer.x), jnp.square(layer.radius))
         is_point = jnp.abs(squares / jnp.square(radius) - 1) < 0.1
-        start = jnp.where(is_point, layer.x, _origins(manifolds, layer) * radius) * (reached / radius)
+        origins = mixture.select(lambda m, _, x: jnp.broadcast_to(m.origin(x.shape[-2:], x.dtype), x.shape), layer.x)
+        start = jnp.where(is_point, layer.x, origins * radius) * (reached / radius)
         return jnp.where(fine, y * scale, start)
 
     # Behind the branches the subtraction would be a pass of its own.
     displacement = lax.cond(jnp.all(fine), lambda: y * scale - layer.x, lambda: somewhere() - layer.x)
     ratio = jnp.sqrt(total(jnp.square(v), whole=True)) / radius
-    return split(displacement, Mixture(manifolds, layer.kind).constrained(ratio[..., 0, 0]), layers)
+    return split(displacement, mixture.constrained(ratio[..., 0, 0]), layers)
 
 
-def _origins(manifolds: tuple[Manifold, ...], layer: Layer) -> Array:
-    """Points of radius 1."""
-    origins = [manifold.origin(layer.x.shape[-2:], layer.x.dtype) for manifold in manifolds]
-    selected = jnp.broadcast_to(origins[0], layer.x.shape)
-    for index, origin in enumerate(origins[1:], start=1):
-        on = (layer.kind == index)[..., None, None]
-        selected = jnp.where(on, jnp.broadcast_to(origin, layer.x.shape), selected)
-    return selected
-
-
-def _tangent(manifolds: tuple[Manifold, ...], layer: Layer) -> Array:
-    lengths = _lengths(manifolds, layer, layer.x * layer.w, jnp.zeros_like(layer.radius))
+def _tangent(mixture: Mixture, layer: Layer) -> Array:
+    lengths = _lengths(mixture, layer.x * layer.w, jnp.zeros_like(layer.radius))
     return layer.w - layer.x * (lengths / jnp.square(layer.radius)[..., None, None])
 
 
-def _lengths(manifolds: tuple[Manifold, ...], layer: Layer, entries: Array, otherwise: Array) -> Array:
+def _lengths(mixture: Mixture, entries: Array, otherwise: Array) -> Array:
     """Sums over the columns of oblique matrices, over all of those on spheres; of Euclidean ones `otherwise`."""
 
-    def of(manifold: Manifold) -> Array:
-        is_free = type(manifold) is Euclidean
-        return otherwise[..., None, None] if is_free else total(entries, whole=type(manifold) is Sphere)
+    def of(manifold: Manifold, _: Array | None, entries: Array) -> Array:
+        is_free = isinstance(manifold, Euclidean)
+        return otherwise[..., None, None] if is_free else total(entries, whole=isinstance(manifold, Sphere))
 
-    selected = of(manifolds[0])
-    for index, manifold in enumerate(manifolds[1:], start=1):
-        selected = jnp.where((layer.kind == index)[..., None, None], of(manifold), selected)
-    return selected
+    return mixture.select(of, entries)
 
 
 def total(x: Float[Array, "*batch n p"], whole: bool) -> Float[Array, "*batch 1 #p"]:
@@ -104,4 +93,4 @@ def _sum_of_rows(x: Array) -> Array:
         return matmul(jnp.ones((*batch, 1, n), x.dtype), x)
     # Of a product of one row and one column, XLA on CPU makes the slow sum again.
     ones = (lax.broadcasted_iota(jnp.int32, (n, 2), 1) == 0).astype(x.dtype)
-    return matmul(x.reshape(*batch, n), ones)[..., :1, None]
+    return matmul(x.reshape(math.prod(batch), n), ones)[:, :1].reshape(*batch, 1, 1)

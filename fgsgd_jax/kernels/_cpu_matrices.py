@@ -51,7 +51,7 @@ def _is_large(n: int, p: int) -> bool:
 @jitted
 def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
     """See `_reference.run`."""
-    # Radii are those of the layers.
+    # `Mixture` sets the radii.
     own = tuple(_Stiefel() if by_polar(manifold) else manifold for manifold in operation.manifolds)
     of_layer = functools.partial(_reference.of_layer, operation._replace(manifolds=own), factor=factor)
     if _is_large(*layers[0].x[0].shape[-2:]):
@@ -65,7 +65,7 @@ def _by_chunks(of_layer: Callable[[Layer], tuple[Array, Array]], layer: Layer) -
     n, p = layer.x.shape[-2:]
     if not _by_few(n, p, layer.radius.size):
         # With axes of length 1 XLA on CPU computes what it multiplies twice: with them, and without.
-        grid = tuple(length for length in layer.radius.shape if length > 1)
+        grid = tuple(length for length in layer.radius.shape if length != 1)
         short = jax.tree.map(lambda a: a.reshape(grid + a.shape[layer.radius.ndim :]), layer)
         results, figures = of_layer(short)
         return results.reshape(layer.x.shape), figures.reshape(layer.radius.shape)
@@ -80,9 +80,9 @@ def _by_few(n: int, p: int, count: int) -> bool:
 
 
 def _size(count: int, n: int, p: int) -> int:
-    """The matrices of a chunk: as many as fit the cache and divide all."""
+    """The matrices of a chunk: about as many as fit the cache and divide all, or all of them."""
     most = max(1, _NUMBERS // (n * p))
-    return next(size for size in range(most, 0, -1) if count % size == 0)
+    return next((size for size in range(most, most // 4, -1) if count % size == 0), count)
 
 
 @dataclasses.dataclass(frozen=True)

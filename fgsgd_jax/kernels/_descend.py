@@ -18,18 +18,18 @@ from ._layers import unstack
 from ._pallas_layer import Descended, LayerType, Moved, Planes
 
 
-class Form(NamedTuple):
+class PallasForm(NamedTuple):
     """The kernels of a platform; interpreted, they run on any."""
 
     kernels: ModuleType
     interpret: bool = False
 
 
-FORMS = {"tpu": Form(_pallas_tpu), "cuda": Form(_pallas_triton)}
+PALLAS = {"tpu": PallasForm(_pallas_tpu), "cuda": PallasForm(_pallas_triton)}
 
 
 class Place(NamedTuple):
-    """Where parameters lie on a mesh: of each how the axes [*layers, C, D] of its matrices are shared out.
+    """How parameters lie on a mesh: for each, the PartitionSpec of the axes [*layers, C, D] of its matrices.
 
     `mesh` is None where it is that of the context.
     """
@@ -42,20 +42,20 @@ def unserved(
     platform: str, program: Program, layer: LayerType, grid: Sequence[int], n: int, p: int, *dtypes: jnp.dtype
 ) -> str | None:
     """Why there are no kernels for n×p matrices over this grid, points and gradients being of these dtypes."""
-    if platform not in FORMS:
+    if platform not in PALLAS:
         return f"there are no kernels for {platform}"
     if program.is_exported and platform != "tpu":
         return "an exported program may hold no Triton kernels"
     if grid[-2] * grid[-1] <= n * p:
         # A vector unit takes one entry of many matrices at a time.
         return f"the kernels take more matrices than a matrix has entries, these are {grid[-2]}×{grid[-1]} of {n}×{p}"
-    return FORMS[platform].kernels.unserved(layer, n, p, *dtypes)
+    return PALLAS[platform].kernels.unserved(layer, n, p, *dtypes)
 
 
 def descends(platform: str, layer: LayerType, parameters: Sequence[Planes], place: Place | None) -> bool:
     """Whether `descend` takes all lines at once, or `measure` and `move` are needed: no device may lack a norm."""
     whole = place is None or not any(_axes(spec) for spec in place.specs)
-    return whole and FORMS[platform].kernels.descends(layer, parameters[0].x.shape)
+    return whole and PALLAS[platform].kernels.descends(layer, parameters[0].x.shape)
 
 
 def descend(
@@ -131,7 +131,7 @@ def matrices(x: Float[Array, "*layers n p C D"]) -> Float[Array, "*layers C D n 
 
 def _jitted(platform: str, name: str, layer: LayerType) -> Callable[..., Any]:
     """A kernel: one function of all layers of one type and shape, so that they share what is compiled."""
-    form = FORMS[platform]
+    form = PALLAS[platform]
     return functools.partial(_one_function(form.kernels, name), layer, interpret=form.interpret)
 
 

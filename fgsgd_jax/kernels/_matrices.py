@@ -6,10 +6,11 @@ and full precision does without them. The reference takes full precision for eve
 - the Gram matrix, which says how far y is from the manifold, is exact: on TPU by four passes, since it is symmetric;
 - `y (yᵀy - 1)`, which corrects y, takes one. It is as small as the deviation: an error of 2⁻⁸ of it stays below 5e-7 in
   the last turn, and what an earlier turn leaves, the next one sees in the Gram matrix;
-- `s = sym(xᵀw)` takes one on TPU if only the polar factor follows, and `x s` two, of all of x and s in bfloat16. What
-  both round is a symmetric matrix times x, 2⁻⁸ of w at most and normal to the manifold. It is no part of the tangent
-  vector: the polar factor removes it to first order, and a length sees its square. The tangent part has an error of
-  2⁻¹⁶ of `x s`. Where others see the tangent vector, both products take the six passes of full precision.
+- `s = sym(xᵀw)` takes one if only the polar factor follows. Then `x s` takes two on TPU, of all of x and s in bfloat16,
+  and full precision on GPU. What both round is a symmetric matrix times x, on TPU 2⁻⁸ of w at most, and normal to the
+  manifold. It is no part of the tangent vector: the polar factor removes it to first order, and a length sees its
+  square. The tangent part has an error of 2⁻¹⁶ of `x s`. Where others see the tangent vector, both products take the
+  six passes of full precision.
 
 On TPU all passes are products of bfloat16, and those that sum over rows of several squares go by squares. XLA unrolls
 the kernel of a product in VMEM, and takes 0.1 s to compile for each thousand cycles of it: three passes in one kernel
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ..linalg import identity, transpose
+from ..linalg import identity, symmetric, transpose
 from ..manifolds import Manifold, Stiefel
 from . import _reference
 from ._layers import Layers, Operation, Results, by_polar, is_wide, one_by_one
@@ -60,7 +61,7 @@ class Matrices:
     @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
     def run(self, operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
         """See `_reference.run`."""
-        # Radii are those of the layers.
+        # `Mixture` sets the radii.
         kind = _InStep if operation.is_step else _Stiefel
         own = kind(splits=self.splits, is_exact=operation.is_exact, is_shared=operation.is_shared)
         manifolds = tuple(own if by_polar(manifold) else manifold for manifold in operation.manifolds)
@@ -88,9 +89,9 @@ class _Stiefel(Stiefel):
                 return functools.reduce(operator.add, _passes(_gram, own[:count], own[count:]))
 
             others = _split(g, count) if self.is_exact else [g.astype(jnp.bfloat16)]
-            normal = _split(_symmetric(_over_squares(self.is_shared, of, *parts[:count], *others)), count)
+            normal = _split(symmetric(_over_squares(self.is_shared, of, *parts[:count], *others)), count)
             return functools.reduce(operator.sub, _passes(_times, parts, normal), g)
-        return g - _times(x, _symmetric(_gram(x, g, self._rough)), _exact)
+        return g - _times(x, symmetric(_gram(x, g, self._rough)), _exact)
 
     def _rough(self, a: Array, b: Array) -> Array:
         return _exact(a, b)
@@ -128,7 +129,7 @@ def _polar(
         squares = jnp.sum(jnp.square(y) - 1 / y.shape[along], axis=along, keepdims=True)
         e = jnp.where(eye > 0, squares, products - eye)
         size = jnp.max(jnp.sum(jnp.abs(e), axis=-1, keepdims=True), axis=-2, keepdims=True)
-        # What is shrunk was far above: its own bound would read the matrix once more.
+        # A matrix that is shrunk is far from done by either bound; its own would read the matrix once more.
         bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(e), axis=-1, keepdims=True), axis=-2, keepdims=True))
         shrink = jnp.where((turns == 0) & (size > 1), 1 / (1 + size), 1)
         e = shrink * e - (1 - shrink) * eye
@@ -199,16 +200,12 @@ def _over_squares(is_shared: bool, of: Callable[..., Any], *arrays: Float[Array,
     return lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, square(i)), start)
 
 
-def _symmetric(a: Array) -> Array:
-    return (a + transpose(a)) / 2
-
-
 def _gram(a: Array, b: Array, product: Product) -> Array:
     return product(a, transpose(b)) if is_wide(a) else product(transpose(a), b)
 
 
-def _times(x: Array, symmetric: Array, product: Product) -> Array:
-    return product(symmetric, x) if is_wide(x) else product(x, symmetric)
+def _times(x: Array, s: Array, product: Product) -> Array:
+    return product(s, x) if is_wide(x) else product(x, s)
 
 
 def _one_pass(a: Array, b: Array) -> Array:

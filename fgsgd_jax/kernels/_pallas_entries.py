@@ -67,7 +67,7 @@ def retract(manifold: Manifold, x: Entries, v: Entries, squares: Array) -> Entri
         case Oblique():
             return _transposed([_unit(*columns) for columns in zip(_transposed(y), _transposed(x), strict=True)])
         case Stiefel():
-            # From further away x + v holds too little of x: as in `linalg.within_reach`.
+            # Beyond eps^-½ radii x + v holds too little of x: the step is shortened to that length.
             longest = float(jnp.finfo(squares.dtype).eps ** -0.5)
             length = jnp.sqrt(squares)
             factor = jnp.where(length > longest, longest / length, 1.0)

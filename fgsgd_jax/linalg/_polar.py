@@ -13,9 +13,9 @@ from ._products import gram, matmul, symmetric, transpose
 
 # A small singular value grows by 3/2 a turn: from eps of the largest to 1 in 89 turns in float64, 40 in float32.
 _MOST_TURNS = 100
-# From so many times as many rows as columns on products of p×p matrices are little beside those with y.
+# With at least so many times as many rows as columns, products of p×p matrices cost little beside those with y.
 _TALLER = 4
-# From so many rows on the sum of squares is off by 3e-7 in float32, and otherwise by 1e-7.
+# With so many rows a plain sum of squares is off by 3e-7 in float32, and Σ(y² - 1/n) by 1e-7.
 _TALL = 32
 
 

@@ -26,13 +26,13 @@ class Mixture:
     kind: Int[Array, "*b"] | None
     radius: float | Float[Array, "*b"] = 1.0
 
-    def at(self, radius: float | Float[Array, "*b"]) -> "Mixture":
+    def with_radius(self, radius: float | Float[Array, "*b"]) -> "Mixture":
         """The same mixture at other radii."""
         return Mixture(self.manifolds, self.kind, radius)
 
     def project(self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Projection of `g` onto the tangent space at `x`."""
-        return self._select(lambda m, _, x, g: m.project(x, g), x, g)
+        return self.select(lambda m, _, x, g: m.project(x, g), x, g)
 
     def retract(self, x: Float[Array, "*b n p"], v: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Retraction of the tangent vectors `v`."""
@@ -45,7 +45,7 @@ class Mixture:
                 manifold = manifold.with_radius(jnp.where(on[..., 0, 0], manifold.radius, 1))
             return manifold.retract(x, v)
 
-        return self._select(retract, x, v)
+        return self.select(retract, x, v)
 
     def steepest(
         self, x: Float[Array, "*b n p"], g: Float[Array, "*b n p"], method: Steepest, tangent: bool, coarse: bool
@@ -57,23 +57,23 @@ class Mixture:
             g = g if on is None else jnp.where(on, g, 0)
             return manifold.steepest(x, g, method, tangent=tangent, coarse=coarse)
 
-        return self._select(steepest, x, g)
+        return self.select(steepest, x, g)
 
     def nearest(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Nearest points."""
-        return self._select(lambda m, _, x: m.nearest(x), x)
+        return self.select(lambda m, _, x: m.nearest(x), x)
 
     def from_gaussian(self, z: Float[Array, "*b n p"], x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Uniform points, made from standard Gaussian matrices `z`; Euclidean matrices are those of `x`."""
-        return self._select(lambda m, _, z, x: x if isinstance(m, Euclidean) else m.from_gaussian(z), z, x)
+        return self.select(lambda m, _, z, x: x if isinstance(m, Euclidean) else m.from_gaussian(z), z, x)
 
     def violation(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
         """Violation of each matrix."""
-        return self._select(lambda m, _, x: m.violation(x), x)
+        return self.select(lambda m, _, x: m.violation(x), x)
 
     def radius_of(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b"]:
         """Radius at which each matrix lies; 1 for Euclidean ones."""
-        return self._select(lambda m, _, x: m.radius_of(x), x)
+        return self.select(lambda m, _, x: m.radius_of(x), x)
 
     def rescale(self, x: Float[Array, "*b n p"]) -> Float[Array, "*b n p"]:
         """Points of any radius brought to exactly `radius`; Euclidean matrices as they are."""
@@ -83,14 +83,18 @@ class Mixture:
                 return x
             return x * (manifold.radius / manifold.radius_of(x))[..., None, None]
 
-        return self._select(rescale, x)
+        return self.select(rescale, x)
 
-    def constrained(self, ones: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """`ones` where the manifold is not Euclidean, 0 elsewhere."""
-        x = ones[..., None, None]
-        return self._select(lambda m, _, x: jnp.zeros_like(ones) if isinstance(m, Euclidean) else ones, x)
+    def constrained(self, values: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """`values` where the manifold is not Euclidean, 0 elsewhere."""
+        x = values[..., None, None]
+        return self.select(lambda m, _, x: jnp.zeros_like(values) if isinstance(m, Euclidean) else values, x)
 
-    def _select(self, method: Callable[..., Array], x: Array, *others: Array) -> Array:
+    def select(self, method: Callable[..., Array], x: Float[Array, "*b n p"], *others: Array) -> Array:
+        """Of every matrix what `method(manifold, on, x, *others)` gives for its manifold.
+
+        `on` says which matrices lie on that manifold; None where all do. `method` may be asked for all of them.
+        """
         if self.kind is None:
             return method(self.manifolds[0].with_radius(self.radius), None, x, *others)
         selected = jnp.zeros(())

@@ -19,6 +19,7 @@ from ..linalg import (
     matmul,
     msign,
     norm,
+    or_fallback,
     orthonormalize,
     polar,
     qf,
@@ -93,8 +94,9 @@ class Stiefel(Manifold):
             case "polar":
                 return orthonormalize(x + v, x)
             case "qr":
-                usable = jnp.all(jnp.isfinite(v), axis=(-2, -1), keepdims=True)
-                return qf(jnp.where(usable, x + v, x))
+                y = x + v
+                usable = jnp.all(jnp.isfinite(y), axis=(-2, -1), keepdims=True)
+                return or_fallback(qf(jnp.where(usable, y, identity(y))), usable, x)
             # Both are defined for tangent vectors only.
             case "cayley":
                 return orthonormalize(cayley(x, _tangent(x, v)), x)

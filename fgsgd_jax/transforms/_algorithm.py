@@ -265,7 +265,7 @@ def rescale(plan: Plan, kinds: Stacks, points: Tensors, updates: Tensors, radii:
     of_all = mixtures(plan, kinds), to_matrices(plan, points), to_matrices(plan, updates), radii
     for mixture, own, moves, radius in zip(*of_all, strict=True):
         x = jnp.concatenate(own)
-        moved = mixture.at(radius.astype(x.dtype)).rescale(x + jnp.concatenate(moves))
+        moved = mixture.with_radius(radius.astype(x.dtype)).rescale(x + jnp.concatenate(moves))
         displacements.append(jnp.split(moved - x, len(own)))
     return from_matrices(plan, displacements)
 

@@ -26,7 +26,8 @@ def check_kernels(choice: str) -> None:
 
 def without_kernels(plan: Plan, step: Step) -> Descent:
     """The lines where `"pallas"` is the choice, and the platform has no kernels."""
-    raise ValueError(_refusal(next(iter(plan.collections)), "there are none for this platform"))
+    reason = "there are none for this platform, nor under jax.vmap, nor for derivatives"
+    raise ValueError(_refusal(next(iter(plan.collections)), reason))
 
 
 def stated_shardings(points: ByPath, stated: Any) -> dict[str, NamedSharding]:

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..groups import Plan, as_rules, automatic, by_path, from_paths, groups_of, kinds_of, names_of
-from ..kernels import FORMS, by_platform
+from ..kernels import PALLAS, by_platform
 from ..linalg import compute_dtype
 from . import _algorithm as algorithm
 from ._algorithm import Descent, Options, Scalar, Step, check_options
@@ -59,7 +59,8 @@ def fgsgd(
         them.
       kernels: `"auto"` takes lines 5 to 7 of small matrices (up to 64 entries; on GPU 32, or 12 with a Stiefel
         manifold) by Pallas kernels where the program is compiled for a TPU or an NVIDIA GPU; `"xla"` takes none;
-        `"pallas"` raises an error, with path and reason, for a constrained leaf that has none.
+        `"pallas"` raises an error, with path and reason, for a constrained leaf that has none. Under `jax.vmap` and for
+        derivatives there are none.
       shardings: how the constrained leaves lie on a mesh whose axes are not of type Explicit, which the kernels have to
         know in a program for several devices: one `NamedSharding` for all of them, or a tree of them like the
         parameters, as in `jax.jit(..., in_shardings=...)`. Without it, or `share_out`, such a program has no kernels.
@@ -194,7 +195,7 @@ def fgsgd(
         if stated is not None:
             places = stated_shardings(call.points, stated) | places
         about = lines_5_to_7, call.plan, types, kernels, nesterov, places
-        platforms = FORMS if paths and kernels != "xla" else ()
+        platforms = PALLAS if paths and kernels != "xla" else ()
         ways = {platform: functools.partial(AtOnce, platform, *about) for platform in platforms}
         default = functools.partial(without_kernels if paths and kernels == "pallas" else lines_5_to_7, call.plan)
         lines = functools.partial(by_platform, default, ways, types)
