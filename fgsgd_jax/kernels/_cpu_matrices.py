@@ -6,7 +6,7 @@ XLA on CPU makes a copy of the first, and takes longer for the second than for a
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,15 +53,19 @@ def run(operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]
     """See `_reference.run`."""
     # `Mixture` sets the radii.
     own = tuple(_Stiefel() if by_polar(manifold) else manifold for manifold in operation.manifolds)
-    of_layer = functools.partial(_reference.of_layer, operation._replace(manifolds=own), factor=factor)
+    operation = operation._replace(manifolds=own)
     if _is_large(*layers[0].x[0].shape[-2:]):
-        return one_by_one(functools.partial(_by_chunks, of_layer), layers)
+        return one_by_one(lambda layer: _by_chunks(operation, layer, factor), layers)
     # A fused concatenation would find out for every entry which part it comes from.
     layer = joined(layers, lambda parts: fusion_barrier(lambda *parts: jnp.concatenate(parts), *parts))
-    return split(*_by_chunks(of_layer, layer), layers)
+    results, figures = _by_chunks(operation, layer, factor)
+    return split(results, figures, layers)
 
 
-def _by_chunks(of_layer: Callable[[Layer], tuple[Array, Array]], layer: Layer) -> tuple[Array, Array]:
+# Lowered once for all layers of a shape.
+@functools.partial(jax.jit, static_argnums=0)
+def _by_chunks(operation: Operation, layer: Layer, factor: Float[Array, ""]) -> tuple[Array, Array]:
+    of_layer = functools.partial(_reference.of_layer, operation, factor=factor)
     n, p = layer.x.shape[-2:]
     if not _by_few(n, p, layer.radius.size):
         # With axes of length 1 XLA on CPU computes what it multiplies twice: with them, and without.

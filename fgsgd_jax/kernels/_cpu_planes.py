@@ -165,11 +165,13 @@ class _On:
         )
         return y, bound <= enough
 
-    def lengths(self, entries: Array, otherwise: float) -> Float[Array, "1 p count"]:
+    def lengths(self, entries: Array, otherwise: float) -> Float[Array, "1 #p #count"]:
         """Sums over the columns of oblique matrices, over all of those on spheres, and `otherwise`."""
-        columns = _sum(entries, [0])
-        total = _sum(columns, [1])
-        return jnp.where(self.of(Sphere), total, jnp.where(self.of(Oblique), columns, otherwise))
+        columns, lengths = _sum(entries, [0]), jnp.full((1, 1, 1), otherwise, entries.dtype)
+        for cls, sums in ((Oblique, columns), (Sphere, _sum(columns, [1]))):
+            if cls in map(type, self.manifolds):
+                lengths = jnp.where(self.of(cls), sums, lengths)
+        return lengths
 
 
 def _sum(x: Float[Array, "n p count"], axes: Sequence[int] = (0, 1)) -> Float[Array, "1 #p count"]:
