@@ -91,6 +91,12 @@ def _sum_of_rows(x: Array) -> Array:
     if p > 1:
         # As many rows of ones as matrices: for one, XLA on CPU would transpose x.
         return matmul(jnp.ones((*batch, 1, n), x.dtype), x)
-    # Of a product of one row and one column, XLA on CPU makes the slow sum again.
-    ones = (lax.broadcasted_iota(jnp.int32, (n, 2), 1) == 0).astype(x.dtype)
-    return matmul(x.reshape(math.prod(batch), n), ones)[:, :1].reshape(*batch, 1, 1)
+    return jnp.swapaxes(row_totals(jnp.swapaxes(x, -2, -1)), -2, -1)
+
+
+def row_totals(x: Float[Array, "*batch n p"]) -> Float[Array, "*batch n 1"]:
+    """The sum of each row."""
+    *batch, p = x.shape
+    # Of a product with one column, XLA on CPU makes the slow sum again.
+    ones = (lax.broadcasted_iota(jnp.int32, (p, 2), 1) == 0).astype(x.dtype)
+    return matmul(x.reshape(math.prod(batch), p), ones)[:, :1].reshape(*batch, 1)

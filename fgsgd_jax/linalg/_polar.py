@@ -86,14 +86,15 @@ def polar_iteration(
         if otherwise is not None:
             y = jnp.where((turns == _MOST_TURNS) & (bound > exact_below(y.dtype)), otherwise, y)
         e = products.deviation(y)
-        # Below a Gram of norm 2 the iteration converges. Anything else is scaled into (0, 1] by its ∞-norm at first.
-        size = jnp.max(jnp.sum(jnp.abs(e), axis=-1, keepdims=True), axis=-2, keepdims=True)
-        shrink = jnp.where((turns % _MOST_TURNS == 0) & (size > 1), 1 / (1 + size), 1)
-        e = shrink * e - (1 - shrink) * identity(e)
         root, small = _root(e, third_order=max(y.shape[-2:]) >= _TALLER * e.shape[-1])
         # Entries of small² are at most the square of the longest column.
         bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(small), axis=-2, keepdims=True), axis=-1, keepdims=True))
-        return jnp.sqrt(shrink) * (y + products.times(y, root)), bound, turns + 1
+        # Below a Gram of norm 2 the iteration converges. Anything else is first scaled into (0, 1], by the 1-norm.
+        size = jnp.max(jnp.sum(jnp.abs(e), axis=-2, keepdims=True), axis=-1, keepdims=True)
+        is_large = (turns % _MOST_TURNS == 0) & (size > 1) & (size < jnp.inf)
+        scale = jnp.where(is_large, lax.rsqrt(1 + size), 1)
+        y = scale * jnp.where(is_large, y, y + products.times(y, root))
+        return y, jnp.where(is_large, jnp.inf, bound), turns + 1
 
     start = jnp.full((*y.shape[:-2], 1, 1), jnp.inf, y.dtype) + 0 * y[..., :1, :1]
     y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
@@ -125,10 +126,10 @@ def deviation(y: Float[Array, "*batch n p"]) -> Float[Array, "*batch p p"]:
     float32. These partial sums stay small: 1e-7.
     """
     products = gram(y, y)
-    e = products - identity(products)
+    eye = identity(products)
     if (n := y.shape[-2]) < _TALL:
-        return e
-    return jnp.where(identity(e) > 0, jnp.sum(jnp.square(y) - 1 / n, axis=-2, keepdims=True), e)
+        return products - eye
+    return jnp.where(eye > 0, jnp.sum(jnp.square(y) - 1 / n, axis=-2, keepdims=True), products)
 
 
 def identity(x: Float[Array, "*batch n p"]) -> Float[Array, "*batch n p"]:
