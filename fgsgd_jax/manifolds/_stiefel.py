@@ -31,8 +31,7 @@ from ._tangent_ball import steepest_tangent, tangent as _tangent
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
 
-# Columns that tell a radius: a number whose root is exact, or the radius is off by its rounding. To read as few as
-# four, a compiler would compute the whole array once more.
+# Columns that tell a radius: a number whose root is exact, or the radius is off by its rounding.
 _FEW = 16
 _SQUARE_ROOTS = 5
 _SHOOTING_STOPS = 8
