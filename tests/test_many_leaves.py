@@ -150,22 +150,24 @@ def test_parts_are_stacked_and_sliced_by_calls_that_stay():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [300, 3000])
-def test_the_time_of_many_leaves(count, record_property):
-    """Seconds of the processor. XLA itself takes 20 s for the updates of 3,000 leaves by optax.adam."""
+def test_the_time_of_many_leaves(record_property):
+    """Seconds of the processor; to compile, no more than XLA takes for the updates by optax.adam."""
 
     def seconds(call):
         start = time.process_time()
         jax.block_until_ready(call())
         return time.process_time() - start
 
-    params = {f"layer_{n}": jnp.eye(8, dtype=jnp.float32) for n in range(count)}
+    params = {f"layer_{n}": jnp.eye(8, dtype=jnp.float32) for n in range(3000)}
     plan = fg.plan(params, [("*", fg.Each(fg.Stiefel()))])
     assert seconds(lambda: fg.initialize(jax.random.key(0), params, plan)) <= 5
     assert seconds(lambda: fg.nearest(params, plan)) <= 5
-    tx = fg.fgsgd(0.1, plan, momentum=0.9)
-    state = tx.init(params)
-    lowered = jax.jit(tx.update).lower(params, state, params)
-    taken = seconds(lambda: lowered.compile() and jnp.zeros(()))
-    record_property(f"worst seconds to compile {count} leaves", taken)
-    assert taken <= 10
+
+    def to_compile(tx):
+        with jax.numpy_dtype_promotion("standard"):
+            lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
+        return seconds(lambda: lowered.compile() and jnp.zeros(()))
+
+    taken, by_adam = (to_compile(tx) for tx in (fg.fgsgd(0.1, plan, momentum=0.9), optax.adam(0.1)))
+    record_property("worst share of optax.adam's time to compile 3,000 leaves", taken / by_adam)
+    assert taken <= by_adam
