@@ -75,11 +75,7 @@ def is_shared() -> bool:
 def _varying(args: Any) -> Any:
     """The arguments, each of which varies over all axes of the mesh over which any of them does."""
     nothing: Any = sum(jnp.zeros_like(leaf, jnp.float32, shape=()) for leaf in jax.tree.leaves(args))
-
-    def varied(leaf: Array) -> Array:
-        return leaf + nothing.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return jax.tree.map(varied, args)
+    return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), args)
 
 
 _by_platform_p = Primitive("fgsgd_jax_by_platform")
