@@ -1,7 +1,9 @@
 """Moments of features, merged without loss of precision."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,14 +79,18 @@ def merge_moments(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
     return FeatureMoments(count, a.mean + share * delta, a.m2 + b.m2 + jnp.square(delta) * share * a.count, a.axes)
 
 
-def merge_over(moments: FeatureMoments, axis: int | tuple[int, ...], keepdims: bool = False) -> FeatureMoments:
+def merge_over(moments: FeatureMoments, axis: int | tuple[int, ...]) -> FeatureMoments:
     """Moments of the union of the populations along `axis`."""
-    count = jnp.sum(moments.count, axis=axis, keepdims=True)
-    mean = jnp.sum(moments.count * moments.mean, axis=axis, keepdims=True) / jnp.maximum(count, 1)
-    within = jnp.sum(moments.m2, axis=axis, keepdims=True)
-    between = jnp.sum(moments.count * jnp.square(moments.mean - mean), axis=axis, keepdims=True)
-    merged = FeatureMoments(count, mean, within + between, moments.axes)
-    return merged if keepdims else jax.tree.map(lambda x: jnp.squeeze(x, axis=axis), merged)
+    merged = _union(moments, functools.partial(jnp.sum, axis=axis, keepdims=True))
+    return jax.tree.map(lambda x: jnp.squeeze(x, axis=axis), merged)
+
+
+def _union(moments: FeatureMoments, total: Callable[[Array], Array]) -> FeatureMoments:
+    """Moments of the union of the populations over which `total` sums."""
+    count = total(moments.count)
+    mean = total(moments.count * moments.mean) / jnp.maximum(count, 1)
+    m2 = total(moments.m2 + moments.count * jnp.square(moments.mean - mean))
+    return FeatureMoments(count, mean, m2, moments.axes)
 
 
 def psum_moments(moments: Any, axis_name: Any) -> Any:
@@ -107,14 +113,8 @@ def psum_moments(moments: Any, axis_name: Any) -> Any:
       >>> whole.std.tolist()  # constants -1 and 1: σ = 1 over both
       [[1.0], [1.0]]
     """
-
-    def over_devices(part: FeatureMoments) -> FeatureMoments:
-        count = lax.psum(part.count, axis_name)
-        mean = lax.psum(part.count * part.mean, axis_name) / jnp.maximum(count, 1)
-        m2 = lax.psum(part.m2 + part.count * jnp.square(part.mean - mean), axis_name)
-        return FeatureMoments(count, mean, m2, part.axes)
-
-    return jax.tree.map(over_devices, moments, is_leaf=is_moments)
+    total = functools.partial(lax.psum, axis_name=axis_name)
+    return jax.tree.map(lambda part: _union(part, total), moments, is_leaf=is_moments)
 
 
 def is_moments(node: Any) -> bool:

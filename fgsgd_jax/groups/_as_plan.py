@@ -11,21 +11,8 @@ Rules = Iterable[tuple[Pattern, Scheme | None]]
 
 # The oldest first. As many as a program has optimizers, models and parts of them; a plan holds a few bytes for each
 # matrix.
-_plans: dict[Any, Plan] = {}
+_plans: dict[Any, tuple[Any, Plan]] = {}
 _MOST = 64
-
-
-class _Same:
-    """A key that is equal to itself alone, and keeps its object: a rule is known by identity."""
-
-    def __init__(self, of: Any):
-        self.of = of
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.of is other.of
-
-    def __hash__(self) -> int:
-        return id(self.of)
 
 
 def as_rules(rules: Plan | Rules) -> Plan | Rules:
@@ -59,11 +46,12 @@ def as_plan(rules: Plan | Rules, params: Any) -> Plan:
     rules = checked_rules(rules)
     leaves = array_leaves(params)
     key = (
-        tuple((pattern if isinstance(pattern, str) else _Same(pattern), _Same(scheme)) for pattern, scheme in rules),
+        tuple((pattern if isinstance(pattern, str) else id(pattern), id(scheme)) for pattern, scheme in rules),
         tuple((path, tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()),
     )
     if key not in _plans:
-        _plans[key] = plan(params, rules)
+        # With its rules: as long as they live, no other object has their ids.
+        _plans[key] = rules, plan(params, rules)
         if len(_plans) > _MOST:
             del _plans[next(iter(_plans))]
-    return _plans[key]
+    return _plans[key][1]

@@ -61,14 +61,14 @@ class Collection:
         return any(not isinstance(kind, Euclidean) for kind in self.kinds)
 
     def describe(self) -> dict[str, Any]:
-        """What a plan compares, prints and writes: every field but the large arrays."""
+        """What a plan compares and writes: every field but the large arrays."""
         return {
             "view": self.view.pattern,
             "sizes": dict(self.view.sizes),
             # A plan without stacks is written as it was before there were any.
             **({"layers": list(self.layers)} if self.layers else {}),
             "scheme": self.scheme,
-            "manifolds": [describe_manifold(manifold) for manifold in self.manifolds],
+            "manifolds": [_describe_manifold(manifold) for manifold in self.manifolds],
             "groups": self.num_groups,
         }
 
@@ -82,7 +82,7 @@ class Entry:
     notes: tuple[str, ...] = ()
 
 
-def describe_manifold(manifold: Manifold) -> dict[str, Any]:
+def _describe_manifold(manifold: Manifold) -> dict[str, Any]:
     """Name and static fields of a manifold (not the radius: that is γ)."""
     fields = {field.name: getattr(manifold, field.name) for field in dataclasses.fields(manifold)}
     del fields["radius"]

@@ -8,20 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.tree_util import (
-    DictKey,
-    FlattenedIndexKey,
-    GetAttrKey,
-    SequenceKey,
-    all_leaves,
-    default_registry,
-    keystr,
-    tree_leaves_with_path,
-)
+from jax.tree_util import all_leaves, default_registry, keystr, tree_leaves_with_path
 
 Pattern = str | Callable[[str, Any], bool]
-
-_NAMES = {DictKey: "key", SequenceKey: "idx", GetAttrKey: "name", FlattenedIndexKey: "key"}
 
 
 def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -42,7 +31,7 @@ def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
                 return dict(zip(_paths_of(structure), leaves, strict=True))
             except TypeError:
                 pass  # some structures have no hash
-    found = _with_keys(tree, is_leaf)
+    found = _with_keys(tree, is_leaf or (lambda node: False))
     return dict(zip(_distinct([keys for keys, _ in found]), [leaf for _, leaf in found], strict=True))
 
 
@@ -82,11 +71,6 @@ def unboxed(leaves: dict[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(structure, map(filled, nodes))
 
 
-def path_of(keys: tuple) -> str:
-    """Keys of a leaf, joined by "/"."""
-    return "/".join([str(getattr(key, _NAMES[type(key)]) if type(key) in _NAMES else key) for key in keys])
-
-
 def matches(pattern: Pattern, path: str, leaf: Any) -> bool:
     """Whether `pattern` finds the leaf: a shell glob on any suffix of whole components, or a predicate.
 
@@ -112,7 +96,7 @@ def _paths_of(structure: Any) -> Sequence[str]:
 def _distinct(found: list[tuple]) -> Sequence[str]:
     keys_of: dict[str, tuple] = {}
     for keys in found:
-        if (path := path_of(keys)) in keys_of:
+        if (path := keystr(keys, simple=True, separator="/")) in keys_of:
             raise ValueError(
                 f"two leaves have the path {path!r}: {keystr(keys_of[path])} and {keystr(keys)}; rename one of them"
             )
@@ -120,13 +104,11 @@ def _distinct(found: list[tuple]) -> Sequence[str]:
     return tuple(keys_of)
 
 
-def _with_keys(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[tuple, Any]]:
+def _with_keys(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple, Any]]:
     """The leaves of a tree with their keys, without those of boxes."""
     leaves = []
-    for keys, node in tree_leaves_with_path(
-        tree, _is_box if is_leaf is None else lambda node: _is_box(node) or is_leaf(node)
-    ):
-        if _is_box(node) and not (is_leaf is not None and is_leaf(node)):
+    for keys, node in tree_leaves_with_path(tree, lambda node: _is_box(node) or is_leaf(node)):
+        if _is_box(node) and not is_leaf(node):
             leaves += [(keys + inner, leaf) for inner, leaf in _with_keys(_content(node), is_leaf)]
         else:
             leaves.append((keys, node))

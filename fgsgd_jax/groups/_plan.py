@@ -14,7 +14,7 @@ import numpy as np
 
 from ..manifolds import UNSTATED, Euclidean, Manifold
 from ._buckets import Bucket, buckets_of
-from ._collection import Collection, Entry, describe_manifold
+from ._collection import Collection, Entry
 from ._deal import Bits
 from ._json import digest, entry_from_json, entry_to_json
 from ._paths import Pattern, array_leaves, by_path, matches, unboxed
@@ -339,12 +339,10 @@ def _entry_difference(here: Entry, there: Entry) -> str | None:
     if here.shape != there.shape:
         return f"shape {here.shape} here, {there.shape} there"
     a, b = here.collection, there.collection
+    if a is b:
+        return None
     if a is None or b is None:
-        return (
-            None
-            if a is b
-            else f"{'un' if a is None else ''}constrained here, {'un' if b is None else ''}constrained there"
-        )
+        return f"{'un' if a is None else ''}constrained here, {'un' if b is None else ''}constrained there"
     if a.layers != b.layers:
         return f"layers {a.layers} here, {b.layers} there"
     first, second = a.describe(), b.describe()
@@ -357,9 +355,9 @@ def _entry_difference(here: Entry, there: Entry) -> str | None:
     return None
 
 
-def _some(paths: Iterable[str], most: int = 8) -> str:
-    paths = list(paths)
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+def _some(paths: Iterable[str]) -> str:
+    first, others = (paths := list(paths))[:8], paths[8:]
+    return ", ".join(first) + (f" and {len(others)} more" if others else "")
 
 
 def _table(plan: Plan) -> str:
@@ -372,8 +370,8 @@ def _table(plan: Plan) -> str:
             rows.append((path, shape, "", "", "", "", ""))
             continue
         counts = np.bincount(collection.member.ravel(), minlength=len(collection.manifolds))
-        names = [describe_manifold(manifold) for manifold in collection.manifolds]
-        manifolds = " ".join(f"{name['name']}:{count}" for name, count in zip(names, counts, strict=True))
+        members = zip(collection.manifolds, counts, strict=True)
+        manifolds = " ".join(f"{type(manifold).__name__}:{count}" for manifold, count in members)
         gamma = np.asarray(collection.gamma)
         shown = f"{gamma.min():.3g}" + (f"–{gamma.max():.3g}" if gamma.max() > gamma.min() else "")
         rows.append(

@@ -126,15 +126,13 @@ class View:
                 known[open_names[0]] = length // given
         if unknown := set(sizes) - set(names):
             raise ValueError(f"view {pattern!r} has no axis {sorted(unknown)}")
-        left_side, right_side = match.groups()
-        return View(f"{left_side} -> {right_side}", tuple((name, int(known[name])) for name in names))
+        return View(" -> ".join(match.groups()), tuple((name, int(known[name])) for name in names))
 
     @functools.cached_property
     def grid(self) -> tuple[int, int, int, int]:
         """Inputs, outputs, rows, columns."""
         sizes = dict(self.sizes)
-        right = self.pattern.split("->")[1]
-        inputs, outputs, rows, cols = (math.prod(sizes[name] for name in axis) for axis in _axes(right, self.pattern))
+        inputs, outputs, rows, cols = (math.prod(sizes[name] for name in axis) for axis in self.axes[1])
         return inputs, outputs, rows, cols
 
     @property
@@ -146,7 +144,7 @@ class View:
     @property
     def mixes_channels(self) -> bool:
         """Whether one matrix covers all inputs or all outputs: one per layer, head or neuron."""
-        inputs, outputs, *_ = _axes(self.pattern.split("->")[1], self.pattern)
+        inputs, outputs, *_ = self.axes[1]
         return not inputs or not outputs
 
     def split(self, x: Float[AnyArray, "..."]) -> Float[AnyArray, "*batch inputs outputs rows cols"]:
@@ -156,12 +154,11 @@ class View:
 
     def split_broadcast(self, x: Float[Array, "..."]) -> Float[Array, "*batch inputs outputs rows cols"]:
         """`split` of an array that broadcasts against the tensor: its axes of length 1 stay so."""
-        left, right = self.pattern.split("->")
-        axes, sizes = _axes(left, self.pattern), dict(self.sizes)
+        axes, sizes = self.axes[0], dict(self.sizes)
         for axis, length in zip(axes, x.shape[x.ndim - len(axes) :], strict=True):
             if length == 1:
                 sizes |= dict.fromkeys(axis, 1)
-        return einops.rearrange(x, f"... {left} -> ... {right}", **sizes)
+        return View(self.pattern, tuple(sizes.items())).split(x)
 
     def merge(self, grid: Float[Array, "*batch inputs outputs rows cols"]) -> Float[Array, "..."]:
         """The tensor of a grid of matrices: undoes `split`."""

@@ -63,15 +63,7 @@ def initialize(key: PRNGKeyArray, params: Any, plan: Plan | Rules) -> Any:
     for part in _parts(plan, leaves):
         names = [part.bucket.layer_names(path) for path in part.paths]
         hashes = np.array([[zlib.crc32(name.encode()) for name in own] for own in names]).astype(np.uint32)
-        drawn = automatic(
-            functools.partial(_uniform, part.bucket),
-            key,
-            hashes,
-            part.kind,
-            part.gamma,
-            part.tensors,
-            like=part.tensors,
-        )
+        drawn = automatic(_uniform, part.bucket, key, hashes, part.kind, part.gamma, part.tensors, like=part.tensors)
         found |= dict(zip(part.paths, drawn, strict=True))
     return _placed(found, leaves, params)
 
@@ -111,8 +103,7 @@ def nearest(params: Any, plan: Plan | Rules, radii: Radii | Literal["fitted"] | 
         check_scales(plan, leaves)
     for part in _parts(plan, leaves):
         radius = _radii(radii, part)
-        near = functools.partial(_nearest, part.bucket)
-        reached = automatic(near, part.kind, radius, part.tensors, like=part.tensors)
+        reached = automatic(_nearest, part.bucket, part.kind, radius, part.tensors, like=part.tensors)
         found |= dict(zip(part.paths, reached, strict=True))
     return _placed(found, leaves, params)
 
@@ -151,7 +142,7 @@ def violation(
         if part.bucket.is_euclidean:
             continue
         radius, like = _radii(radii, part), jnp.zeros(len(part.paths))
-        found = automatic(functools.partial(_violation, part.bucket), part.kind, radius, part.tensors, like=like)
+        found = automatic(_violation, part.bucket, part.kind, radius, part.tensors, like=like)
         result |= dict(zip(part.paths, found, strict=True))
     return {path: result[path] for path in plan.collections if path in result}
 
@@ -182,9 +173,9 @@ def check_scales(plan: Plan, leaves: dict[str, Any]) -> None:
         return
     with jax.ensure_compile_time_eval():
         for part in _parts(plan, leaves):
-            zero = functools.partial(_without_scale, part.bucket)
-            found = np.asarray(automatic(zero, part.kind, part.tensors, like=jnp.zeros(len(part.paths), bool)))
-            for path in itertools.compress(part.paths, found):
+            like = jnp.zeros(len(part.paths), bool)
+            found = automatic(_without_scale, part.bucket, part.kind, part.tensors, like=like)
+            for path in itertools.compress(part.paths, np.asarray(found)):
                 raise ValueError(
                     f"{path}: {_first_without_scale(plan.collections[path], leaves[path])}: no radius can be fitted to "
                     f"it, and of radius 0 it would never move. Leave the parameter free by a rule ({path!r}, None) "
@@ -264,7 +255,7 @@ def _radii(radii: Radii | str | None, part: _Part) -> Array | None:
     return jnp.stack([jnp.broadcast_to(jnp.asarray(radii[path]), part.bucket.grid) for path in part.paths])
 
 
-# One program per part, with the stacking inside: run one by one, its slices are compiled one by one.
+# One call per part, with the stacking inside: run one by one, its slices are compiled one by one.
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -292,10 +283,10 @@ def _nearest(bucket: Bucket, kind, radius, tensors):
     if radius is not None:
         return bucket.tensors(Mixture(bucket.kinds, kind, radius.astype(x.dtype)).nearest(x), tensors)
     # The nearest point of radius 1 has the same direction at every radius; the best radius is <x, y> / <y, y>.
-    y = Mixture(bucket.kinds, kind).nearest(x)
-    unit = Mixture(bucket.kinds, kind).radius_of(y)
+    mixture = Mixture(bucket.kinds, kind)
+    y = mixture.nearest(x)
     length = jnp.sum(x * y, axis=(-2, -1)) / jnp.maximum(squared_norm(y), jnp.finfo(x.dtype).tiny)
-    free = Mixture(bucket.kinds, kind).constrained(jnp.ones_like(unit)) == 0
+    free = mixture.constrained(jnp.ones_like(length)) == 0
     return bucket.tensors(jnp.where(free[..., None, None], x, length[..., None, None] * y), tensors)
 
 

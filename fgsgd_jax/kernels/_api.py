@@ -65,7 +65,7 @@ def step(
     Args:
       mixtures: the manifolds of layers, with `kind` and `radius` over their batch axes.
       points: for each mixture one array or several, as in `tangent`.
-      directions: in the shapes and the dtype of the points. They are projected first.
+      directions: in the shapes and the dtype of the points. They are projected first, unless they are tangent.
       radii: of the points to reach [*batch]; None for those of `mixtures`.
       factor: v is so many times the tangent part of a direction: minus the learning rate.
       is_tangent: whether the directions are tangent already.

@@ -31,6 +31,7 @@ from ._layers import (
     joined,
     one_by_one,
     split,
+    times,
 )
 
 # So many numbers of each array of a step stay in a core's L2 cache. Below the second figure all of them are taken at
@@ -103,12 +104,12 @@ class _Stiefel(Stiefel):
             return transpose(self._project(_transposed(x), transpose(g)))
         products = matmul(x, transpose(g)) if is_wide(x) else matmul(_transposed(x), g)
         # Read along the columns, what is added would take three times as long.
-        return g - _times(x, (products + _transposed(products)) / 2)
+        return g - times(x, (products + _transposed(products)) / 2)
 
     def _retract(self, x, v):
         if _is_narrow(x):
             return transpose(self._retract(_transposed(x), transpose(v)))
-        return or_fallback(*polar_iteration(x + v, products=Products(_deviation, _times)), x)
+        return or_fallback(*polar_iteration(x + v, products=Products(_deviation, times)), x)
 
 
 def _deviation(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
@@ -131,7 +132,3 @@ def _is_narrow(x: Array) -> bool:
 def _transposed(x: Array) -> Array:
     """The transposed matrices, copied: XLA on CPU takes longer for a product that reads along columns."""
     return with_layout_constraint(transpose(x), Layout(tuple(range(x.ndim))))
-
-
-def _times(x: Array, symmetric: Array) -> Array:
-    return matmul(symmetric, x) if is_wide(x) else matmul(x, symmetric)

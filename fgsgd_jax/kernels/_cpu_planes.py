@@ -135,8 +135,8 @@ class _On:
     def polar(self, y: Array) -> tuple[Array, Bool[Array, "1 1 count"]]:
         """`y` with the polar factors of its Stiefel matrices, and which converged: see `linalg.orthonormalize`.
 
-        A turn here is the Taylor polynomial of order 4 of (I + e)^-½ where that of `linalg` is of order 1. It is exact
-        to round-off up to this e: its error is e⁵/4.
+        A turn here is the Taylor polynomial of order 4 of (I + e)^-½ where that of `linalg` is of order 1 or 3. It is
+        exact to round-off up to this e: its error is e⁵/4.
         """
         enough = float(jnp.finfo(y.dtype).eps) ** 0.2
 

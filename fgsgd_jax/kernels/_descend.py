@@ -42,8 +42,6 @@ def unserved(
     platform: str, program: Program, layer: LayerType, grid: Sequence[int], n: int, p: int, *dtypes: jnp.dtype
 ) -> str | None:
     """Why there are no kernels for n×p matrices over this grid, points and gradients being of these dtypes."""
-    if platform not in PALLAS:
-        return f"there are no kernels for {platform}"
     if program.is_exported and platform != "tpu":
         return "an exported program may hold no Triton kernels"
     if grid[-2] * grid[-1] <= n * p:

@@ -13,12 +13,13 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Int, Shaped
 
+from ..linalg import matmul
 from ..manifolds import Manifold, Stiefel
 from ._by_platform import is_shared
 
 # Fewer arrays compile in no time. Larger ones are not worth a copy.
 _FEWEST, _LARGEST = 64, 2**12
-# XLA on CPU fuses a concatenation of up to so many parts, and recognizes equal fusions.
+# XLA on CPU fuses a concatenation of up to so many parts, and recognizes equal fusions; so many are taken in a slice.
 _STACKED, _SLICED = 8, 32
 
 
@@ -93,6 +94,11 @@ def by_polar(manifold: Manifold) -> bool:
 def is_wide(x: Array) -> bool:
     """Whether matrices have more columns than rows."""
     return x.shape[-2] < x.shape[-1]
+
+
+def times(x: Array, symmetric: Array, product: Callable[[Array, Array], Array] = matmul) -> Array:
+    """`x` by a symmetric matrix, on the side where it fits."""
+    return product(symmetric, x) if is_wide(x) else product(x, symmetric)
 
 
 def one_by_one(of_layer: Callable[[Layer], tuple[Array, Array]], layers: Sequence[Layers]) -> Results:

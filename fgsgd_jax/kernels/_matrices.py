@@ -31,10 +31,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ..linalg import identity, symmetric, transpose
+from ..linalg import identity, matmul, symmetric, transpose
 from ..manifolds import Manifold, Stiefel
 from . import _reference
-from ._layers import Layers, Operation, Results, by_polar, is_wide, one_by_one
+from ._layers import Layers, Operation, Results, by_polar, is_wide, one_by_one, times
 
 Product = Callable[[Array, Array], Array]
 
@@ -62,8 +62,7 @@ class Matrices:
     def run(self, operation: Operation, layers: Sequence[Layers], factor: Float[Array, ""]) -> Results:
         """See `_reference.run`."""
         # `Mixture` sets the radii.
-        kind = _InStep if operation.is_step else _Stiefel
-        own = kind(splits=self.splits, is_exact=operation.is_exact, is_shared=operation.is_shared)
+        own = _Stiefel(splits=self.splits, operation=operation)
         manifolds = tuple(own if by_polar(manifold) else manifold for manifold in operation.manifolds)
         operation = operation._replace(manifolds=manifolds)
         return one_by_one(lambda layer: _reference.of_layer(operation, layer, factor), layers)
@@ -76,46 +75,35 @@ TPU, GPU = Matrices(splits=True), Matrices(splits=False)
 class _Stiefel(Stiefel):
     """The same manifold. Wide matrices are not transposed, which would cost a copy of each array."""
 
-    splits: bool = dataclasses.field(default=True, metadata={"static": True})
-    is_exact: bool = dataclasses.field(default=False, metadata={"static": True})
-    is_shared: bool = dataclasses.field(default=False, metadata={"static": True})
+    splits: bool = True
+    operation: Operation = dataclasses.field(default_factory=lambda: Operation((), is_step=False))
 
     def _project(self, x, g):
         if self.splits and x.dtype == jnp.float32:
-            count = 3 if self.is_exact else 1
+            count = 3 if self.operation.is_exact else 1
             parts = _split(x, max(2, count))
 
             def of(*own):
                 return functools.reduce(operator.add, _passes(_gram, own[:count], own[count:]))
 
-            others = _split(g, count) if self.is_exact else [g.astype(jnp.bfloat16)]
-            normal = _split(symmetric(_over_squares(self.is_shared, of, *parts[:count], *others)), count)
-            return functools.reduce(operator.sub, _passes(_times, parts, normal), g)
-        return g - _times(x, symmetric(_gram(x, g, self._rough)), _exact)
-
-    def _rough(self, a: Array, b: Array) -> Array:
-        return _exact(a, b)
+            others = _split(g, count) if self.operation.is_exact else [g.astype(jnp.bfloat16)]
+            products = _over_squares(self.operation.is_shared, of, *parts[:count], *others)
+            return functools.reduce(operator.sub, _passes(times, parts, _split(symmetric(products), count)), g)
+        return g - times(x, symmetric(_gram(x, g, _one_pass if self.operation.is_step else matmul)))
 
     def _retract(self, x, v):
-        point, converged = _polar(
-            x + v, functools.partial(_gram_by_passes, self.is_shared) if self.splits else _exact_gram
-        )
+        by_passes = functools.partial(_gram_by_passes, self.operation.is_shared)
+        point, converged = _polar(x + v, by_passes if self.splits else _exact_gram)
         # One row or column tells a point from zeros; to measure them all would read x once more.
         one = x[..., :1, :] if x.shape[-2] <= x.shape[-1] else x[..., :1]
         length = jnp.sum(jnp.square(one), axis=(-2, -1), keepdims=True)
         return jnp.where(converged, point, jnp.where(jnp.abs(length - 1) < 0.1, x, identity(x)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _InStep(_Stiefel):
-    def _rough(self, a: Array, b: Array) -> Array:
-        return _one_pass(a, b)
-
-
 def _polar(
     y: Float[Array, "*b n p"], exact_gram: Callable[[Array], Array]
 ) -> tuple[Float[Array, "*b n p"], Bool[Array, "*b 1 1"]]:
-    """Polar factors by the iteration of `linalg.orthonormalize`, and which converged."""
+    """Polar factors by the turns of first order of `linalg.orthonormalize`, and which converged."""
     enough, along = _ENOUGH[y.dtype], -1 if is_wide(y) else -2
 
     def unfinished(carry):
@@ -133,7 +121,7 @@ def _polar(
         bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(e), axis=-1, keepdims=True), axis=-2, keepdims=True))
         shrink = jnp.where((turns == 0) & (size > 1), 1 / (1 + size), 1)
         e = shrink * e - (1 - shrink) * eye
-        return jnp.sqrt(shrink) * (y - _times(y, e, _one_pass) / 2), bound, turns + 1
+        return jnp.sqrt(shrink) * (y - times(y, e, _one_pass) / 2), bound, turns + 1
 
     start = jnp.full_like(y[..., :1, :1], jnp.inf)
     y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
@@ -150,7 +138,7 @@ def _passes(
 
 def _exact_gram(y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
     """The smaller Gram matrix, exact to round-off."""
-    return _gram(y, y, _exact)
+    return _gram(y, y, matmul)
 
 
 def _gram_by_passes(is_shared: bool, y: Float[Array, "*b n p"]) -> Float[Array, "*b q q"]:
@@ -204,14 +192,6 @@ def _gram(a: Array, b: Array, product: Product) -> Array:
     return product(a, transpose(b)) if is_wide(a) else product(transpose(a), b)
 
 
-def _times(x: Array, s: Array, product: Product) -> Array:
-    return product(s, x) if is_wide(x) else product(x, s)
-
-
 def _one_pass(a: Array, b: Array) -> Array:
     dtype = jnp.float32 if a.dtype == jnp.bfloat16 else a.dtype
     return jnp.matmul(a, b, precision=lax.Precision.DEFAULT, preferred_element_type=dtype)
-
-
-def _exact(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -45,7 +45,7 @@ def project(manifold: Manifold, x: Entries, g: Entries) -> Entries:
     match manifold:
         case Sphere():
             inner = _dot(_flat(x), _flat(g))
-            return _map(lambda x, g: g - inner * x, x, g)
+            return mapped(lambda x, g: g - inner * x, x, g)
         case Oblique():
             inner = [_dot(*columns) for columns in zip(_transposed(x), _transposed(g), strict=True)]
             return [[g - c * x for x, g, c in zip(*rows, inner, strict=True)] for rows in zip(x, g, strict=True)]
@@ -53,14 +53,14 @@ def project(manifold: Manifold, x: Entries, g: Entries) -> Entries:
             upright, back = _upright(x)
             x, g = upright(x), upright(g)
             products = _product(_transposed(x), g)
-            symmetric = _map(lambda a, b: 0.5 * (a + b), products, _transposed(products))
-            return back(_map(lambda g, normal: g - normal, g, _product(x, symmetric)))
+            symmetric = mapped(lambda a, b: 0.5 * (a + b), products, _transposed(products))
+            return back(mapped(lambda g, normal: g - normal, g, _product(x, symmetric)))
     return g
 
 
 def retract(manifold: Manifold, x: Entries, v: Entries, squares: Array) -> Entries:
     """φ_x(v), with ‖v‖² at hand. Where there is no such point, x; or the origin if x is none."""
-    y = _map(add, x, v)
+    y = mapped(add, x, v)
     match manifold:
         case Sphere():
             return _shaped(_unit(_flat(y), _flat(x)), len(x[0]))
@@ -71,7 +71,7 @@ def retract(manifold: Manifold, x: Entries, v: Entries, squares: Array) -> Entri
             longest = float(jnp.finfo(squares.dtype).eps ** -0.5)
             length = jnp.sqrt(squares)
             factor = jnp.where(length > longest, longest / length, 1.0)
-            y = _map(lambda x, v: x + factor * v, x, v)
+            y = mapped(lambda x, v: x + factor * v, x, v)
             upright, back = _upright(x)
             return back(_orthonormal(upright(y), upright(x)))
     return y
@@ -79,7 +79,7 @@ def retract(manifold: Manifold, x: Entries, v: Entries, squares: Array) -> Entri
 
 def masked(x: Entries, usable: Array) -> Entries:
     """x, or zeros where it is refused: such a gradient may be anything but a number."""
-    return _map(lambda each: jnp.where(usable, each, 0.0), x)
+    return mapped(lambda each: jnp.where(usable, each, 0.0), x)
 
 
 def squared_norm(x: Entries) -> Array:
@@ -102,14 +102,14 @@ class Points:
 
     def displace(self, v: Entries, new_radius: Array | None) -> tuple[Entries, Array]:
         """Line 7 and eq. 2: what leads from x to φ_x(v), at the new radius if given; and ‖v‖/s, 0 if Euclidean."""
-        v = _map(lambda v: v * self._inverse, v)
+        v = mapped(lambda v: v * self._inverse, v)
         squares = squared_norm(v)
         y = self._select([retract(manifold, self._unit, v, squares) for manifold in self.manifolds])
         radius = self._but_euclidean(self.radius if new_radius is None else new_radius, 1.0)
         ratio = self._but_euclidean(jnp.sqrt(squares), 0.0)
         # NaN counts as infinite, as in `linalg.largest`.
         ratio = jnp.where(ratio == ratio, ratio, jnp.inf)
-        return _map(lambda y, x: radius * y - x, y, self.x), ratio
+        return mapped(lambda y, x: radius * y - x, y, self.x), ratio
 
     @functools.cached_property
     def _inverse(self) -> Array:
@@ -117,12 +117,12 @@ class Points:
 
     @functools.cached_property
     def _unit(self) -> Entries:
-        return _map(lambda x: x * self._inverse, self.x)
+        return mapped(lambda x: x * self._inverse, self.x)
 
     def _select(self, choices: Sequence[Entries]) -> Entries:
         chosen = choices[-1]
         for index, choice in enumerate(choices[:-1]):
-            chosen = _map(lambda a, b, index=index: jnp.where(self.kind == index, a, b), choice, chosen)
+            chosen = mapped(lambda a, b, index=index: jnp.where(self.kind == index, a, b), choice, chosen)
         return chosen
 
     def _but_euclidean(self, values: Array, otherwise: float) -> Array:
@@ -163,7 +163,7 @@ def _orthonormal(y: Entries, x: Entries) -> Entries:
     usable = jnp.abs(squared_norm(u) - p) < _FAR * p
     known = jnp.abs(squared_norm(x) - p) < _FAR * p
     eye = [[1.0 if i == j else 0.0 for j in range(p)] for i in range(n)]
-    return _map(lambda u, x, e: jnp.where(usable, u, jnp.where(known, x, e)), u, x, eye)
+    return mapped(lambda u, x, e: jnp.where(usable, u, jnp.where(known, x, e)), u, x, eye)
 
 
 def _newton(y: Entries, turns: int, scaled: int) -> Entries:
@@ -179,7 +179,7 @@ def _newton(y: Entries, turns: int, scaled: int) -> Entries:
             # Neither square overflows where the quotient does not.
             mu = jnp.sqrt(jnp.abs(factor) * jnp.sqrt(squared_norm(inverse) / squared_norm(y)))
             mine, its = mine * mu, its / mu
-        return _map(lambda y, c: mine * y + its * c, y, inverse)
+        return mapped(lambda y, c: mine * y + its * c, y, inverse)
 
     if turns == scaled:
         # Of the larger matrices. Unrolled, their turns would be thousands of operations.
@@ -257,7 +257,7 @@ def _dot(a: list[Array], b: list[Array]) -> Array:
     return functools.reduce(add, (x * y for x, y in zip(a, b, strict=True)))
 
 
-def _map(function: Callable[..., Array], *matrices: list[list[Any]]) -> Entries:
+def mapped(function: Callable[..., Array], *matrices: list[list[Any]]) -> Entries:
     return [[function(*entries) for entries in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
 
 

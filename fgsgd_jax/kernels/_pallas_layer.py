@@ -1,13 +1,14 @@
 """What the Pallas kernels are told of a parameter, and what they answer."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..manifolds import Euclidean, Manifold
-from ._pallas_entries import Entries, Points, unserved
+from ._pallas_entries import Entries, Points, mapped, unserved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +44,12 @@ class LayerType:
     @property
     def row_codes(self) -> int:
         """The code of the first table along rows."""
-        return self.members if self.swapped and self.grouping == "row or column" else 0
+        return self.column_tables if self.swapped else 0
 
     @property
     def column_codes(self) -> int:
         """The code of the first table along columns."""
-        return 0 if self.swapped or self.grouping != "row or column" else self.members
+        return 0 if self.swapped else self.row_tables
 
     def _tables(self, axis: str) -> int:
         return self.members if axis in self.grouping.split(" or ") else 0
@@ -64,18 +65,14 @@ class LayerType:
         self, points: Points, t: Entries, scale: Array, m: Entries | None, rate: Array, momentum: Array, decay: Array
     ) -> tuple[Entries, Entries | None]:
         """The step's tangent vectors, from tangent parts t and 1/ζ; and the buffer, which is stored unprojected."""
-        t = [[scale * each for each in row] for row in t]
+        t = mapped(lambda t: scale * t, t)
         if all(isinstance(manifold, Euclidean) for manifold in self.manifolds):
-            t = [[t + decay * x for t, x in zip(*rows, strict=True)] for rows in zip(t, points.x, strict=True)]
-        if m is None:
-            return [[rate * each for each in row] for row in t], None
-
-        def followed(m: Entries) -> Entries:
-            return [[t + momentum * m for t, m in zip(*rows, strict=True)] for rows in zip(t, m, strict=True)]
-
-        m = followed(m)
-        w = points.project(followed(m) if self.nesterov else m)
-        return [[rate * each for each in row] for row in w], m
+            t = mapped(lambda t, x: t + decay * x, t, points.x)
+        w, followed = t, functools.partial(mapped, lambda t, m: t + momentum * m, t)
+        if m is not None:
+            m = followed(m)
+            w = points.project(followed(m) if self.nesterov else m)
+        return mapped(lambda w: rate * w, w), m
 
 
 class Planes(NamedTuple):

@@ -33,9 +33,8 @@ _BLOCK = 1 << 20
 _VMEM, _SPARE, _MOST = 16 << 20, 4 << 20, 112 << 20
 
 
-def unserved(layer: LayerType, n: int, p: int, *dtypes: jnp.dtype) -> str | None:
-    """Why the kernels do not take n×p matrices of these dtypes; None if they do."""
-    return layer.unserved(n, p, *dtypes)
+# The kernels take what there is arithmetic for.
+unserved = LayerType.unserved
 
 
 def descends(layer: LayerType, shape: tuple[int, ...]) -> bool:
@@ -268,6 +267,11 @@ class _Kernel:
     def value(self, name: str, row: Any, lanes: Any) -> Any:
         return self.refs[name][row, lanes] if name in self.refs else None
 
+    def points(self, name: str, own: Any, place: Any, row: Any, lanes: Any) -> Points:
+        """The points at `own` of an array, whose kinds are at `place`, and whose radii are in `row`."""
+        x, kind = self.planes(name, own, lanes), self.value("kind_wide", place, lanes)
+        return Points(self.layer.manifolds, x, kind, self.value("radius", row, lanes))
+
     def store(self, name: str, entries: Entries, row: Any, lanes: Any) -> None:
         ref = self.refs[name]
         for i, line in enumerate(entries):
@@ -285,26 +289,18 @@ class _Kernel:
         return ratio
 
 
-class _ByMatrix(_Kernel):
-    """A body that needs no other matrix for one."""
-
-    def points(self, row: Any, lanes: Any) -> Points:
-        x, kind = self.planes("x", row, lanes), self.value("kind_wide", row, lanes)
-        return Points(self.layer.manifolds, x, kind, self.value("radius", row, lanes))
-
-
-class _Measure(_ByMatrix):
+class _Measure(_Kernel):
     def run(self) -> None:
         self.widen("kind", slice(None))
         self.each_tile(self.measure)
 
     def measure(self, row: Any, lanes: Any) -> None:
         """Line 5, and the squared norms."""
-        t = self.points(row, lanes).project(self.planes("g", row, lanes))
+        t = self.points("x", row, row, row, lanes).project(self.planes("g", row, lanes))
         self.refs["squares"][row, lanes] = squared_norm(t)
 
 
-class _Move(_ByMatrix):
+class _Move(_Kernel):
     def run(self) -> None:
         layer, self.block = pl.program_id(0), pl.program_id(1)
         last = pl.num_programs(0) - 1
@@ -315,7 +311,7 @@ class _Move(_ByMatrix):
 
     def move(self, row: Any, lanes: Any) -> None:
         """Line 5 again, with 1/ζ; and what follows it."""
-        points, scale = self.points(row, lanes), self.value("scale", row, lanes)
+        points, scale = self.points("x", row, row, row, lanes), self.value("scale", row, lanes)
         usable = scale > 0
         t = masked(points.project(self.planes("g", row, lanes)), usable)
         ratio = self.take(points, t, jnp.where(usable, scale, 0.0), row, lanes)
@@ -357,14 +353,10 @@ class _Descent(_Kernel):
         start = block * self.rows + row.start
         return pl.ds(start if self.blocks == 1 else pl.multiple_of(start, _ROWS), row.size)
 
-    def points(self, name: str, own: Any, block: Any, row: Any, lanes: Any) -> Points:
-        x, kind = self.planes(name, own, lanes), self.value("kind_wide", self.place(block, row), lanes)
-        return Points(self.layer.manifolds, x, kind, self.value("radius", row, lanes))
-
     def measure(self, block: Any, row: Any, lanes: Any) -> None:
         """Line 5 and the groups' squared norms."""
         place = self.place(block, row)
-        points = self.points("x", row, block, row, lanes)
+        points = self.points("x", row, place, row, lanes)
         t = points.project(self.planes("g", row, lanes))
         self.store("t", t, place, lanes)
         if self.blocks > 1:
@@ -413,7 +405,7 @@ class _Descent(_Kernel):
         """What follows line 6."""
         place = self.place(block, row)
         name, own = ("x", row) if self.blocks == 1 else ("kept", place)
-        points = self.points(name, own, block, row, lanes)
+        points = self.points(name, own, place, row, lanes)
         t = masked(self.planes("t", place, lanes), self.refs["usable"][0] > 0)
         ratio = self.take(points, t, self.scale(t, block, row, lanes), row, lanes)
         self.gather("ratio", jnp.maximum, ratio, block, row, lanes)

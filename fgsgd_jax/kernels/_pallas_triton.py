@@ -66,9 +66,8 @@ def move(
     results = {name: jax.ShapeDtypeStruct((math.prod(shape),), jnp.float32) for name in names}
     results["ratio"] = jax.ShapeDtypeStruct((1 if interpret else _PROGRAMS,), jnp.float32)
     found = _call(_move, "fgsgd_move", layer, arrays, results, interpret)
-    u, m = (found[name].reshape(shape) if name in found else None for name in ("u", "m_out"))
-    assert u is not None
-    return Moved(u, m, found["ratio"])
+    tensors = {name: found[name].reshape(shape) for name in names}
+    return Moved(tensors["u"], tensors.get("m_out"), found["ratio"])
 
 
 def _call(

@@ -1,8 +1,8 @@
 """Matrix products at full precision.
 
 JAX multiplies float32 in TF32 on recent GPUs and in bfloat16 on TPUs unless told otherwise, which is enough to lose a
-constraint in one step. Every product of the manifolds that a constraint depends on is one of these. The kernels have
-their own; `kernels._matrices` says which of them can do with less, and why.
+constraint in one step. Every product of the manifolds that a constraint depends on is one of these. The products of
+large matrices on accelerators are in `kernels._matrices`, which says where less is enough, and why.
 """
 
 import jax.numpy as jnp

@@ -30,7 +30,7 @@ class Oblique(Spherical):
     _axes = (-2,)
 
     def dim(self, shape):
-        """P (n - 1)."""
+        """Dimension p (n - 1)."""
         return (shape[0] - 1) * shape[1]
 
     def _curvature_bounds(self, shape):

@@ -86,7 +86,7 @@ class Product:
 
     def dist(self, x: Points, y: Points) -> Array:
         """Geodesic distance: the root of the sum of the factors' squares."""
-        return _length(self._each("dist", x, y))
+        return functools.reduce(jnp.hypot, self._each("dist", x, y))
 
     def inner(self, x: Points, u: Points, v: Points) -> Array:
         """The metric: the sum of the factors'."""
@@ -94,7 +94,7 @@ class Product:
 
     def norm(self, x: Points, v: Points) -> Array:
         """Length of a tangent vector, by eq. 6."""
-        return _length(self._each("norm", x, v))
+        return functools.reduce(jnp.hypot, self._each("norm", x, v))
 
     def violation(self, x: Points) -> Array:
         """The largest violation of a factor."""
@@ -123,7 +123,3 @@ class Product:
         for factor_low, factor_high in moving:
             low, high = jnp.minimum(low, factor_low), jnp.maximum(high, factor_high)
         return low, high
-
-
-def _length(lengths: tuple[Array, ...]) -> Array:
-    return functools.reduce(jnp.hypot, lengths)

@@ -27,25 +27,18 @@ def spherical_log(x: Array, y: Array, axes: tuple[int, ...]) -> Array:
     direction = _tangent(x, direction, axes)
     length = norm(direction, axes, keepdims=True)
     direction = jnp.where(length == 0, 0, direction / jnp.where(length == 0, 1, length))
-    log = spherical_angle(x, y, axes, keepdims=True) * direction
+    log = spherical_angle(x, y, axes) * direction
     if math.prod(x.shape[axis] for axis in axes) == 1:
         return jnp.where(aligned < 0, jnp.nan, log)
     return log
 
 
-def spherical_angle(x: Array, y: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:
+def spherical_angle(x: Array, y: Array, axes: tuple[int, ...]) -> Array:
     """Angle between unit vectors, accurate at 0 and at π (Kahan); infinite across components."""
-    angle = 2 * jnp.arctan2(norm(y - x, axes, keepdims), norm(y + x, axes, keepdims))
+    angle = 2 * jnp.arctan2(norm(y - x, axes, keepdims=True), norm(y + x, axes, keepdims=True))
     if math.prod(x.shape[axis] for axis in axes) == 1:
         return jnp.where(angle > 2, jnp.inf, 0 * angle)
     return angle
-
-
-def spherical_exp(x: Array, v: Array, axes: tuple[int, ...]) -> Array:
-    """Exponential map on the unit spheres along `axes`."""
-    angle = norm(v, axes, keepdims=True)
-    y = jnp.cos(angle) * x + jnp.sinc(angle / jnp.pi) * v
-    return y / norm(y, axes, keepdims=True)
 
 
 def _tangent(x: Array, g: Array, axes: tuple[int, ...]) -> Array:
@@ -81,13 +74,15 @@ class Spherical(Manifold):
         return jnp.where(usable, y / jnp.sqrt(jnp.where(usable, squares, 1)), fallback)
 
     def _exp(self, x, v):
-        return spherical_exp(x, v, self._axes)
+        angle = norm(v, self._axes, keepdims=True)
+        y = jnp.cos(angle) * x + jnp.sinc(angle / jnp.pi) * v
+        return y / norm(y, self._axes, keepdims=True)
 
     def _log(self, x, y):
         return spherical_log(x, y, self._axes)
 
     def _dist(self, x, y):
-        return norm(spherical_angle(x, y, self._axes, keepdims=True), (-2, -1))
+        return norm(spherical_angle(x, y, self._axes), (-2, -1))
 
     def _nearest(self, x):
         # First by the largest entry: the length itself may overflow.
@@ -123,7 +118,7 @@ class Sphere(Spherical):
     _axes = (-2, -1)
 
     def dim(self, shape):
-        """Np - 1."""
+        """Dimension np - 1."""
         return shape[0] * shape[1] - 1
 
     def _curvature_bounds(self, shape):

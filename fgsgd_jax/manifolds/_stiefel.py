@@ -74,7 +74,7 @@ class Stiefel(Manifold):
       True
     """
 
-    retraction: Retraction = dataclasses.field(default="polar", metadata={"static": True})
+    retraction: Retraction = "polar"
 
     def __post_init__(self):
         if self.retraction not in get_args(Retraction):
@@ -136,7 +136,7 @@ class Stiefel(Manifold):
         return largest(jnp.abs(deviation(x)), (-2, -1))
 
     def dim(self, shape):
-        """Np - p(p+1)/2 for n ≥ p, and the same of the transpose for n < p."""
+        """Dimension np - p(p+1)/2 for n ≥ p, and the same of the transpose for n < p."""
         n, p = max(shape), min(shape)
         return n * p - p * (p + 1) // 2
 

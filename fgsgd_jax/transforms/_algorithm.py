@@ -134,6 +134,14 @@ def on_buckets(
     return automatic(by_bucket, constrained, *args, like=(constrained[0], *like))
 
 
+def on_matrices(function: Callable[..., Array], plan: Plan, own: Sequence[Mixture], *tensors: Tensors) -> Tensors:
+    """`function(mixture, x, …)` of the matrices of each bucket, those of all its parameters in one array."""
+    found = []
+    for mixture, *parts in zip(own, *(to_matrices(plan, each) for each in tensors), strict=True):
+        found.append(jnp.split(function(mixture, *map(jnp.concatenate, parts)), len(parts[0])))
+    return from_matrices(plan, found)
+
+
 def project(
     plan: Plan, kinds: Stacks, radii: Stacks, points: Tensors, gradients: Tensors, *, is_exact: bool = True
 ) -> Projected:
@@ -157,13 +165,8 @@ def steepest(
     plan: Plan, kinds: Stacks, points: Tensors, vectors: Tensors, method: Steepest, tangent: bool, coarse: bool
 ) -> Tensors:
     """Directions of steepest ascent along the vectors, of the length of the radius."""
-    directions = []
-    radii = map(with_radius, radii_of(plan, kinds, points))
-    of_all = mixtures(plan, kinds, radii), to_matrices(plan, points), to_matrices(plan, vectors)
-    for mixture, x, g in zip(*of_all, strict=True):
-        found = mixture.steepest(jnp.concatenate(x), jnp.concatenate(g), method, tangent, coarse)
-        directions.append(jnp.split(found, len(x)))
-    return from_matrices(plan, directions)
+    own = mixtures(plan, kinds, map(with_radius, radii_of(plan, kinds, points)))
+    return on_matrices(lambda on, x, g: on.steepest(x, g, method, tangent, coarse), plan, own, points, vectors)
 
 
 def check_options(rho: Scalar, curvature: Scalar) -> None:
@@ -261,13 +264,11 @@ def radii_of(plan: Plan, kinds: Stacks, points: Tensors) -> Stacks:
 
 def rescale(plan: Plan, kinds: Stacks, points: Tensors, updates: Tensors, radii: Stacks) -> Tensors:
     """Line 8: displacements to the points ω + u, brought to exactly the radii ℜ."""
-    displacements = []
-    of_all = mixtures(plan, kinds), to_matrices(plan, points), to_matrices(plan, updates), radii
-    for mixture, own, moves, radius in zip(*of_all, strict=True):
-        x = jnp.concatenate(own)
-        moved = mixture.with_radius(radius.astype(x.dtype)).rescale(x + jnp.concatenate(moves))
-        displacements.append(jnp.split(moved - x, len(own)))
-    return from_matrices(plan, displacements)
+
+    def displaced(on: Mixture, x: Array, moves: Array) -> Array:
+        return on.with_radius(jnp.asarray(on.radius, x.dtype)).rescale(x + moves) - x
+
+    return on_matrices(displaced, plan, mixtures(plan, kinds, radii), points, updates)
 
 
 def squared_norms(plan: Plan, tensors: Tensors) -> Stacks:

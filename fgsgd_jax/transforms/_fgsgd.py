@@ -51,7 +51,8 @@ def fgsgd(
       rho: ρ of eq. 5.
       curvature: c of eq. 5.
       weight_decay: L2 penalty on unconstrained leaves and on leaves whose matrices are all Euclidean, added to their
-        gradients as by `optax.add_decayed_weights` before `optax.sgd`. On a manifold of fixed norm it would do nothing.
+        gradients (of the latter, to those divided by ζ) as by `optax.add_decayed_weights` before `optax.sgd`. On a
+        manifold of fixed norm it would do nothing.
       rescaling: the options of λ; None for λ = 1.
       initial_radii: of the first epoch; see `rescale`.
       share_out: a mesh whose devices divide the retractions of large matrices among them, for data-parallel training,
@@ -129,11 +130,10 @@ def fgsgd(
         def lines_5_to_7(plan: Plan, step: Step) -> Descent:
             trees = [step.points, step.gradients] + ([] if step.momentum is None else [step.momentum])
             points, gradients, *buffers = algorithm.to_buckets(plan, *trees)
-            rho, curvature = step.options.rho, step.options.curvature
             tangents, squares, refused = algorithm.project(
                 plan, step.kinds, step.radii, points, gradients, is_exact=False
             )
-            zeta = algorithm.normalize(plan, step.groups, squares, rho, curvature)
+            zeta = algorithm.normalize(plan, step.groups, squares, step.options.rho, step.options.curvature)
             tangents = tuple(
                 decayed(own, at, step.options.weight_decay) if bucket.is_euclidean else own
                 for bucket, own, at in zip(
@@ -198,8 +198,7 @@ def fgsgd(
         platforms = PALLAS if paths and kernels != "xla" else ()
         ways = {platform: functools.partial(AtOnce, platform, *about) for platform in platforms}
         default = functools.partial(without_kernels if paths and kernels == "pallas" else lines_5_to_7, call.plan)
-        lines = functools.partial(by_platform, default, ways, types)
-        descent = automatic(lines, step, like=like._replace(displacements=points))
+        descent = automatic(by_platform, default, ways, types, step, like=like._replace(displacements=points))
         if momentum is not None:
             buffers |= traced.trace | descent.momentum
             traced = traced._replace(trace=from_paths(buffers, state.momentum.trace))
@@ -217,12 +216,9 @@ def fgsgd(
     def as_momentum(plan: Plan, params: Any) -> Any:
         """The parameters as the momentum buffer has them: constraint arithmetic is never rounded to bfloat16."""
         leaves = by_path(params)
-        wide = {path: of_dtype(leaves[path], compute_dtype(leaves[path].dtype)) for path in plan.collections if leaves}
+        own = {path: leaf for path, leaf in leaves.items() if path in plan.collections}
+        wide = {path: jnp.zeros_like(leaf, compute_dtype(leaf.dtype)) for path, leaf in own.items()}
         return from_paths(leaves | wide, params)
-
-    def of_dtype(leaf: Any, dtype: Any) -> Any:
-        # Shapes alone are enough to begin with zeros.
-        return leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
 
     def decayed(gradients: Any, points: Any, decay: Scalar) -> Any:
         return jax.tree.map(lambda g, x: g + jnp.asarray(decay, g.dtype) * x.astype(g.dtype), gradients, points)

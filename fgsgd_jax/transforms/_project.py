@@ -40,15 +40,11 @@ def project(plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
       >>> updates["w"].ravel().tolist()
       [0.0, 2.0]
     """
-    return _refusing("fg.project", plan, projects=True)
+    return refuse("fg.project", plan, projects=True)
 
 
-def refuse(link: str, plan: PlanOrRules) -> optax.GradientTransformationExtraArgs:
-    """What `project` refuses becomes zero and is counted; all else passes as it is. It begins the chain of `link`."""
-    return _refusing(link, plan, projects=False)
-
-
-def _refusing(link: str, plan: PlanOrRules, projects: bool) -> optax.GradientTransformationExtraArgs:
+def refuse(link: str, plan: PlanOrRules, projects: bool = False) -> optax.GradientTransformationExtraArgs:
+    """What `project` refuses becomes zero and is counted; all else passes as it is, or projected, in `link`."""
     plan = as_rules(plan)
 
     def init(params: Any) -> Any:

@@ -24,7 +24,8 @@ class Rescaling:
       max_change: largest factor by which radii change at once, None for none. Without normalization layers, changing
         all radii together over-corrects. If the plan knows the order of the layers (it was given a trace), each λ is
         corrected by the changes of the layers above it, and the limit concerns the channels of a layer relative to
-        each other; `"auto"` is 1 + 4/(layers between normalizations) then, and 2 otherwise.
+        each other; `"auto"` is then 1 + 4/(most layers between two normalizations), and no limit if that is one layer.
+        Without an order it is 2.
       warmup: (updates, until): change every `updates` applied updates until `until` of them were applied. Together with
         `max_change` it lets the scales of a deep network without normalization settle early. There, leave `every` out,
         so that they stay: every later change alters the function that the network computes, and training suffers.

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from ..groups import Stacks, as_rules, by_path, from_paths, kinds_of
 from ..linalg import compute_dtype, squared_norm
+from ..manifolds import Mixture
 from . import _algorithm as algorithm
 from ._algorithm import Scalar, Tensors
 from ._call import PlanOrRules, called, started
@@ -109,16 +110,15 @@ def _scale_by_riemannian_adam(
             radii = algorithm.radii_of(call.plan, kinds, points)
             return (algorithm.project(call.plan, kinds, radii, points, moments).tangents,)
 
-        def of_matrices(gradients: Tensors, kinds: Stacks) -> Any:
+        def in_entries(mixture: Mixture, g: Array) -> Array:
             """‖g‖_F² in every entry of a constrained matrix, g² in those of a Euclidean one."""
-            squares, mixtures = [], algorithm.mixtures(call.plan, kinds)
-            for mixture, own in zip(mixtures, algorithm.to_matrices(call.plan, gradients), strict=True):
-                g = jnp.concatenate(own)
-                total = squared_norm(g)
-                on = mixture.constrained(jnp.ones_like(total)) > 0
-                square = jnp.where(on[..., None, None], total[..., None, None], jnp.square(g))
-                squares.append(jnp.split(square, len(own)))
-            return (algorithm.from_matrices(call.plan, squares),)
+            total = squared_norm(g)
+            on = mixture.constrained(jnp.ones_like(total)) > 0
+            return jnp.where(on[..., None, None], total[..., None, None], jnp.square(g))
+
+        def of_matrices(gradients: Tensors, kinds: Stacks) -> Any:
+            own = algorithm.mixtures(call.plan, kinds)
+            return (algorithm.on_matrices(in_entries, call.plan, own, gradients),)
 
         (carried_mu,) = algorithm.on_buckets(carried, call.plan, (call.points, mu), state.kinds, like=())
         before = mu | carried_mu

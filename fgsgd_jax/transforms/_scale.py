@@ -86,9 +86,8 @@ class Scale:
         )
 
     def _due(self, lambdas: LambdaState) -> Bool[Array, ""]:
-        never = jnp.zeros((), bool)
         every, warmup = self.rescaling.every, self.rescaling.warmup
-        due = never if every is None else lambdas.since_change >= every
+        due = jnp.zeros((), bool) if every is None else lambdas.since_change >= every
         if warmup is None:
             return due
         updates, until = warmup
@@ -136,8 +135,8 @@ class Scale:
         # Of each bucket: of a bucket of one manifold the kinds have no leaves.
         kinds, gamma, before, moments = jax.tree.map(flat, (kinds, lambdas.gamma, state.radii, lambdas.moments))
         own = mixtures(self.plan, kinds), gamma, before, moments
-        layers = [_Layers.of(*parts, limit if self._ordered else None) for parts in zip(*own, strict=True)]
-        if self._ordered:
+        layers = [_Layers.of(*parts, limit if self.plan.order else None) for parts in zip(*own, strict=True)]
+        if self.plan.order:
             radii = [part.changed(common) for part, common in zip(layers, self._common_changes(layers), strict=True)]
         else:
             radii = [part.changed_alone(limit) for part in layers]
@@ -159,16 +158,12 @@ class Scale:
         return ScaleState(tuple(changed), lambdas)
 
     @property
-    def _ordered(self) -> bool:
-        return bool(self.plan.order)
-
-    @property
     def _limit(self) -> float | None:
         if self.rescaling.max_change != "auto":
             return self.rescaling.max_change
-        if not self._ordered:
+        if not self.plan.order:
             return _LIMIT
-        runs = " ".join("#" if path is None else "." for path in self.plan.order).replace(" ", "").split("#")
+        runs = "".join("#" if path is None else "." for path in self.plan.order).split("#")
         longest = max(len(run) for run in runs)
         return 1 + _PROFILE_LIMIT / longest if longest > 1 else None
 
@@ -178,13 +173,12 @@ class Scale:
         λ was measured under the old radii. Where no normalization separates the layers, the features of a layer grow
         with those of the layer above it, that is by the ratio of the root mean squares of ℜλ after and before it.
         """
-        ones = [jnp.ones_like(part.common) for part in layers]
         order = self.plan.order
         # The layers that a parameter stacks follow each other.
         met = [(path, n > 0 and order[n - 1] is None) for n, path in enumerate(order) if path is not None]
         indices = np.array([place for path, _ in met for place in self._places[path]])
         resets = np.array([reset and first == 0 for path, reset in met for first in range(len(self._places[path]))])
-        dtype = jnp.result_type(*(one.dtype for one in ones))
+        dtype = jnp.result_type(*(part.common for part in layers))
         fed, before, common, shaped, gamma, radius = (
             jnp.concatenate([getattr(part, name).astype(dtype) for part in layers])
             for name in ("fed", "before", "common", "shaped", "rms_gamma", "rms_radius")
@@ -199,10 +193,10 @@ class Scale:
             return jnp.where(fed, shaped / before * common, 1) * upstream, common
 
         in_order = (values[indices] for values in (fed > 0, before, common, shaped, highest))
-        _, changes = lax.scan(through, jnp.ones((), dtype), (jnp.asarray(resets), *in_order))
-        ends = np.cumsum([len(one) for one in ones])
-        parts = jnp.split(common.at[indices].set(changes), ends[:-1])
-        return [part.astype(one.dtype) for part, one in zip(parts, ones, strict=True)]
+        _, found = lax.scan(through, jnp.ones((), dtype), (jnp.asarray(resets), *in_order))
+        ends = np.cumsum([len(part.common) for part in layers])
+        changes = jnp.split(common.at[indices].set(found), ends[:-1])
+        return [change.astype(part.common.dtype) for change, part in zip(changes, layers, strict=True)]
 
     @functools.cached_property
     def _places(self) -> dict[str, range]:

@@ -161,7 +161,12 @@ def _descent(
     initial_radii: InitialRadii,
     share_out: jax.sharding.Mesh | None,
 ) -> optax.GradientTransformationExtraArgs:
-    _check_no_decay(link, weight_decay)
+    if weight_decay is not None and not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
+        raise ValueError(
+            f"{link}(weight_decay={weight_decay}): on a manifold of fixed norm the decay of a weight is normal to the "
+            "manifold, and the way back undoes it. Give it to the optimizer of the other leaves, as in "
+            f"{link}(..., free=optax.adamw(3e-4, weight_decay=0.1))"
+        )
     return optax.chain(
         refuse(link, plan),
         optax.masked(optax.adam(learning_rate) if free is None else free, in_plan(plan, False)),
@@ -181,13 +186,3 @@ def in_plan(plan: PlanOrRules, collected: bool = True) -> Callable[[Any], Any]:
         return unboxed({path: (path in collections) == collected for path in by_path(tree)}, tree)
 
     return mask
-
-
-def _check_no_decay(link: str, weight_decay: Any) -> None:
-    """Raises for any weight decay."""
-    if weight_decay is not None and not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-        raise ValueError(
-            f"{link}(weight_decay={weight_decay}): on a manifold of fixed norm the decay of a weight is normal to the "
-            "manifold, and the way back undoes it. Give it to the optimizer of the other leaves, as in "
-            f"{link}(..., free=optax.adamw(3e-4, weight_decay=0.1))"
-        )

@@ -136,7 +136,7 @@ def radii(state: Any) -> dict[str, Float[Array | np.ndarray, "*layers inputs out
       state: the state of a chain that has `rescale` in it, of `fgsgd`, or of any wrapper of those.
 
     Returns:
-      Arrays over the grid of each parameter with a collection (1 for Euclidean matrices has no meaning).
+      Arrays over the grid of each parameter with a collection (that of a Euclidean matrix has no meaning).
 
     Raises:
       ValueError: for a state of something else.
