@@ -158,8 +158,8 @@ class _On:
             )
             return fusion_barrier(lambda y, root: y + matmul(y, root), y, root), bound, turns + 1
 
-        # Made of y, so that in `shard_map` it differs between devices where y does.
-        start = jnp.inf + 0 * y[:1, :1]
+        # Like y, since in `shard_map` it differs between devices where y does.
+        start = jnp.full_like(y[:1, :1], jnp.inf)
         y, bound, _ = lax.while_loop(
             lambda carry: jnp.any(carry[1] > enough) & (carry[2] < _MOST_TURNS), turn, (y, start, 0)
         )

@@ -163,15 +163,12 @@ def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
     XLA on CPU computes a fused operand again for each of its uses. It does not fuse across a conditional, so the
     function stands in one that is always taken, which the compiler does not know.
     """
+    # Like the results, so that in `shard_map` both branches vary over the same axes of the mesh.
     results = jax.eval_shape(function, *args)
-    nothing: Any = 0
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        # Made of the arguments, so that in `shard_map` both branches vary over the same axes of the mesh.
-        nothing = sum(0 * leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(args))
     return lax.cond(
         lax.optimization_barrier(jnp.ones((), bool)),
         lambda: function(*args),
-        lambda: jax.tree.map(lambda result: jnp.full(result.shape, nothing, result.dtype), results),
+        lambda: jax.tree.map(jnp.zeros_like, results),
     )
 
 

@@ -96,7 +96,7 @@ def polar_iteration(
         y = scale * jnp.where(is_large, y, y + products.times(y, root))
         return y, jnp.where(is_large, jnp.inf, bound), turns + 1
 
-    start = jnp.full((*y.shape[:-2], 1, 1), jnp.inf, y.dtype) + 0 * y[..., :1, :1]
+    start = jnp.full_like(y[..., :1, :1], jnp.inf)
     y, bound, _ = lax.while_loop(unfinished, turn, (y, start, 0))
     return y, bound <= exact_below(y.dtype)
 

@@ -53,7 +53,7 @@ def steepest_tangent(x: Float[Array, "*batch n p"], t: Float[Array, "*batch n p"
         return b, u, found, gap, turns + 1
 
     # In `shard_map` what is carried must vary between devices from the start.
-    carry = (start, 0 * t, start, jnp.inf + 0 * nuclear, 0)
+    carry = (start, jnp.zeros_like(t), start, jnp.full_like(nuclear, jnp.inf), 0)
     return lax.while_loop(unfinished, turn, carry)[2]
 
 
